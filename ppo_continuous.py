@@ -30,9 +30,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -47,9 +46,9 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import tyro
+from jax import Array
 from jax.experimental import io_callback, multihost_utils
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -107,7 +106,7 @@ class Args:
     activation: Literal["tanh", "relu", "elu", "silu"] = "tanh"  # nonlinearity of the hidden layers
     ortho_init: bool = True  # orthogonal weights, gains sqrt 2 hidden, 0.01 policy, 1 value (otherwise LeCun normal)
     log_std_init: float = 0.0  # logarithm of the policy's first standard deviation
-    state_dependent_std: bool = False  # log standard deviation from a head of its own, not one free parameter
+    state_dependent_std: bool = False  # log standard deviation from a network of its own, not a free parameter
 
     @property
     def num_iterations(self) -> int:
@@ -116,7 +115,7 @@ class Args:
     @property
     def folder(self) -> Path:
         name = f"seed{self.seed}" + (f"-{self.seed + self.num_seeds - 1}" if self.num_seeds > 1 else "")
-        return Path(self.run_dir or Path("runs", Path(__file__).stem, self.env_id, self.exp_name, name))
+        return Path(self.run_dir or Path("runs", Path(__file__).stem, self.env_id, self.exp_name, name)).absolute()
 
 
 def fail(message: str, code: int = 2) -> None:
@@ -133,16 +132,16 @@ def validate(args: Args) -> None:
     ) in f"{names} clip_obs clip_reward clip_coef max_grad_norm learning_rate desired_kl kl_coef target_kl".split():
         if (value := getattr(args, name)) is not None and not value > 0:
             fail(f"--{name.replace('_', '-')} is {value}: give a number above 0")
+    steps, processes = args.num_envs * args.num_steps, jax.process_count()
     if not (0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1):
         fail(f"--gamma {args.gamma} and --gae-lambda {args.gae_lambda} must be from 0 to 1")
-    size, processes = args.num_envs * args.num_steps, jax.process_count() if args.distributed else 1
-    if size % (args.num_minibatches * processes):
-        what = f"--num-minibatches {args.num_minibatches} times {processes} process(es)"
-        fail(f"{what} does not divide --num-envs {args.num_envs} x --num-steps {args.num_steps}: change one of them")
-    if args.num_envs % processes:
-        fail(f"--num-envs {args.num_envs} does not divide among {processes} processes: give a multiple")
+    if steps % (args.num_minibatches * processes) or args.num_envs % processes:
+        what = f"--num-minibatches {args.num_minibatches} x {processes} process(es)"
+        fail(
+            f"--num-envs {args.num_envs} x --num-steps {args.num_steps} does not divide into {what}: change one of them"
+        )
     if args.num_iterations < 1:
-        fail(f"--total-timesteps {args.total_timesteps} is less than one rollout of {size}: raise it")
+        fail(f"--total-timesteps {args.total_timesteps} is less than one rollout of {steps}: raise it")
     if args.adaptive_lr and args.anneal_lr:
         fail("--adaptive-lr contradicts --anneal-lr: add --no-anneal-lr")
     if not 0 <= args.seed <= 2**31 - args.num_seeds:
@@ -153,30 +152,37 @@ def validate(args: Args) -> None:
 
 
 class RunningStats(NamedTuple):  # of one leaf of the observations, or of the discounted return
-    mean: jax.Array
-    var: jax.Array
-    count: jax.Array  # []
+    mean: Array
+    var: Array
+    count: Array  # []
 
 
 class Transition(NamedTuple):  # one step; a rollout stacks T of them: [T, N, ...]
     obs: Any  # raw; of a whole rollout [T + 1, N, K, ...]: obs[t + 1] is the true next observation
-    action: jax.Array  # [T, N, U], as sampled, before the environment's bounds
-    reward: jax.Array  # raw
-    discounted_return: jax.Array  # of raw rewards since the episode's start: what scales rewards
-    terminated: jax.Array  # 1: no value beyond this step
-    done: jax.Array  # 1: terminated or truncated
-    mask: jax.Array  # 0: the environment reset itself on this step, which is not experience
+    action: Array  # [T, N, U], as sampled, before the environment's bounds
+    reward: Array  # raw
+    terminated: Array  # 1: no value beyond this step
+    done: Array  # 1: terminated or truncated
+    mask: Array  # 0: the environment reset itself on this step, which is not experience
+    episode: "Episode"  # so far
 
 
 class Batch(NamedTuple):  # what the loss sees, [T*N*K, ...]; a minibatch is [B, ...]
     obs: Any  # normalised
-    action: jax.Array
+    action: Array
     policy: "Gaussian"  # that acted
-    log_prob: jax.Array  # of action under it
-    value: jax.Array  # before the update
-    advantage: jax.Array
-    target: jax.Array
-    mask: jax.Array
+    log_prob: Array  # of action under it
+    value: Array  # before the update
+    advantage: Array
+    target: Array
+    mask: Array
+
+
+class Schedule(NamedTuple):  # traced, so that changing them compiles nothing anew
+    learning_rate: Array
+    clip_coef: Array
+    ent_coef: Array
+    kl_coef: Array
 
 
 class LearnerState(NamedTuple):  # what a checkpoint holds
@@ -184,30 +190,25 @@ class LearnerState(NamedTuple):  # what a checkpoint holds
     opt_state: Any
     obs_stats: Any  # like one observation, RunningStats for leaves
     return_stats: RunningStats
-    learning_rate: jax.Array  # [], in use
-    kl_coef: jax.Array  # [], coefficient of the KL penalty
-    key: jax.Array  # [2], of the whole run; each iteration's keys are folded from it
-    iteration: jax.Array  # []
-
-
-class Schedule(NamedTuple):  # traced: what changes from iteration to iteration without compiling anew
-    learning_rate: jax.Array
-    clip_coef: jax.Array
-    ent_coef: jax.Array
+    schedule: Schedule
+    key: Array  # [2], of the whole run; each iteration's keys are folded from it
+    iteration: Array  # []
 
 
 # --- Networks ---
 
 
 def mlp(out_size: int, out_gain: float, args: Args) -> nn.Sequential:
-    """Returns dense layers [B, D] -> [B, out_size]."""
+    """Returns dense layers from observations, any pytree of [B, ...], flattened side by side, to [B, out_size]."""
     init = nn.initializers.orthogonal if args.ortho_init else lambda gain: nn.initializers.lecun_normal()
-    hidden = [(nn.Dense(size, kernel_init=init(2**0.5)), getattr(nn, args.activation)) for size in args.hidden_sizes]
-    return nn.Sequential([*sum(hidden, ()), nn.Dense(out_size, kernel_init=init(out_gain))])
+    layers = [lambda obs: jnp.concatenate([x.reshape(len(x), -1) for x in jax.tree.leaves(obs)], axis=-1)]
+    for size in args.hidden_sizes:
+        layers += [nn.Dense(size, kernel_init=init(2**0.5)), getattr(nn, args.activation)]
+    return nn.Sequential([*layers, nn.Dense(out_size, kernel_init=init(out_gain))])
 
 
 class ActorCritic(nn.Module):
-    """Separate networks for policy and value; observations may be any pytree of [B, ...]."""
+    """Separate networks for policy and value."""
 
     action_size: int
     args: Args
@@ -215,50 +216,46 @@ class ActorCritic(nn.Module):
     def setup(self) -> None:
         self.mean, self.critic = mlp(self.action_size, 0.01, self.args), mlp(1, 1.0, self.args)
         if self.args.state_dependent_std:
-            self.log_std_head = mlp(self.action_size, 0.01, self.args)
+            self.log_std = mlp(self.action_size, 0.01, self.args)
         else:
-            self.log_std = self.param("log_std", nn.initializers.zeros, (self.action_size,))
+            self.log_std = self.param("log_std", nn.initializers.zeros, (self.action_size,), jnp.float32)
 
-    def features(self, obs: Any) -> jax.Array:
-        return jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(obs)], axis=-1)
+    def __call__(self, obs: Any) -> tuple["Gaussian", Array]:
+        return self.policy(obs), self.value(obs)
 
     def policy(self, obs: Any) -> "Gaussian":
-        mean = self.mean(x := self.features(obs))
-        log_std = self.log_std_head(x) if self.args.state_dependent_std else jnp.broadcast_to(self.log_std, mean.shape)
-        return Gaussian(mean=mean, log_std=log_std + self.args.log_std_init)
+        mean, log_std = self.mean(obs), self.log_std(obs) if self.args.state_dependent_std else self.log_std
+        return Gaussian(mean=mean, log_std=jnp.broadcast_to(log_std + self.args.log_std_init, mean.shape))
 
-    def value(self, obs: Any) -> jax.Array:
-        return self.critic(self.features(obs))[:, 0]
-
-    def __call__(self, obs: Any) -> tuple["Gaussian", jax.Array]:
-        return self.policy(obs), self.value(obs)
+    def value(self, obs: Any) -> Array:
+        return self.critic(obs)[:, 0]
 
 
 # --- Distribution ---
 
 
 class Gaussian(NamedTuple):  # diagonal, leaves [..., U]
-    mean: jax.Array
-    log_std: jax.Array
+    mean: Array
+    log_std: Array
 
 
-def sample_action(policy: Gaussian, noise: jax.Array) -> jax.Array:
+def sample_action(policy: Gaussian, noise: Array) -> Array:
     """Returns actions [..., U] from standard normal noise [..., U]; noise 0 gives the deterministic action."""
     return policy.mean + jnp.exp(policy.log_std) * noise
 
 
-def log_prob(policy: Gaussian, action: jax.Array) -> jax.Array:
+def log_prob(policy: Gaussian, action: Array) -> Array:
     """Returns the log density [...] of actions [..., U]."""
     scaled = (action - policy.mean) * jnp.exp(-policy.log_std)
     return jnp.sum(-0.5 * jnp.square(scaled) - policy.log_std - 0.5 * np.log(2 * np.pi).item(), axis=-1)
 
 
-def entropy(policy: Gaussian) -> jax.Array:
+def entropy(policy: Gaussian) -> Array:
     """Returns the differential entropy [...] in nats."""
     return jnp.sum(policy.log_std + 0.5 * np.log(2 * np.pi * np.e).item(), axis=-1)
 
 
-def kl(old: Gaussian, new: Gaussian) -> jax.Array:
+def kl(old: Gaussian, new: Gaussian) -> Array:
     """Returns KL(old || new) [...] in nats, exactly."""
     shift, ratio = (old.mean - new.mean) * jnp.exp(-new.log_std), old.log_std - new.log_std
     return jnp.sum(0.5 * (jnp.exp(2 * ratio) + jnp.square(shift) - 1) - ratio, axis=-1)
@@ -267,18 +264,18 @@ def kl(old: Gaussian, new: Gaussian) -> jax.Array:
 # --- Statistics ---
 
 
-def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
+def masked_mean(x: Array, mask: Array) -> Array:
     """Returns the mean of x [*mask.shape, ...] over mask's axes where mask is 1; 0 where it is 1 nowhere."""
     weight = mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
     return jnp.sum(x * weight, axis=tuple(range(mask.ndim))) / jnp.maximum(jnp.sum(mask), 1)
 
 
-def masked_var(x: jax.Array, mask: jax.Array) -> jax.Array:
+def masked_var(x: Array, mask: Array) -> Array:
     """Returns the variance of x [*mask.shape, ...] over mask's axes where mask is 1."""
     return masked_mean(jnp.square(x - masked_mean(x, mask)), mask)
 
 
-def update_stats(x: jax.Array, stats: RunningStats, mask: jax.Array) -> RunningStats:
+def update_stats(x: Array, stats: RunningStats, mask: Array) -> RunningStats:
     """Returns statistics that also hold x [T, N, ...] where mask [T, N] is 1. Source: Chan et al. 1979, eq. 2.1."""
     count = jnp.sum(mask)
     total, shift = stats.count + count, masked_mean(x, mask) - stats.mean
@@ -286,7 +283,7 @@ def update_stats(x: jax.Array, stats: RunningStats, mask: jax.Array) -> RunningS
     return RunningStats(mean=stats.mean + shift * count / total, var=var / total, count=total)
 
 
-def normalize(x: jax.Array, stats: RunningStats, bound: float) -> jax.Array:
+def normalize(x: Array, stats: RunningStats, bound: float) -> Array:
     """Returns x [..., *stats.mean.shape], centred, scaled to variance 1, clipped to +-bound."""
     return jnp.clip((x - stats.mean) / jnp.sqrt(stats.var + 1e-8), -bound, bound)
 
@@ -294,9 +291,7 @@ def normalize(x: jax.Array, stats: RunningStats, bound: float) -> jax.Array:
 # --- Advantages and losses ---
 
 
-def compute_gae(
-    transition: Transition, value: jax.Array, gamma: float, gae_lambda: float
-) -> tuple[jax.Array, jax.Array]:
+def compute_gae(transition: Transition, value: Array, gamma: float, gae_lambda: float) -> tuple[Array, Array]:
     """Returns advantages and value targets, both [T, N]; where mask is 0, numbers that nothing may read.
 
     delta_t = r_t + gamma * V(s_{t+1}) * (1 - terminated_t) - V(s_t), A_t = delta_t + gamma * gae_lambda * (1 - done_t) *
@@ -304,20 +299,18 @@ def compute_gae(
     V(s_T), each of the true observation. Source: Schulman et al. 2015, arXiv 1506.02438, eq. 16.
     """
 
-    def step(next_advantage: jax.Array, t: tuple[Transition, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        now, value, next_value = t
-        delta = now.reward + gamma * next_value * (1 - now.terminated) - value
-        advantage = delta + gamma * gae_lambda * (1 - now.done) * next_advantage
+    def step(next_advantage: Array, t: tuple) -> tuple[Array, Array]:
+        reward, terminated, done, value, next_value = t
+        delta = reward + gamma * next_value * (1 - terminated) - value
+        advantage = delta + gamma * gae_lambda * (1 - done) * next_advantage
         return advantage, advantage
 
-    steps = (transition._replace(obs=None), value[:-1], value[1:])
+    steps = (transition.reward, transition.terminated, transition.done, value[:-1], value[1:])
     _, advantage = jax.lax.scan(step, jnp.zeros_like(value[0]), steps, reverse=True, unroll=16)
     return advantage, advantage + value[:-1]
 
 
-def ppo_loss(
-    params: Any, batch: Batch, schedule: Schedule, kl_coef: jax.Array, network: nn.Module, args: Args
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+def ppo_loss(params: Any, batch: Batch, schedule: Schedule, network: nn.Module, args: Args) -> tuple[Array, dict]:
     """Returns the loss and metrics, scalars; the mask of the minibatch [B, ...] is a weight here, of mean 1.
 
     Source: Schulman et al. 2017, arXiv 1707.06347, eq. 7 (clip) and 8 (kl-penalty); value clipping: OpenAI baselines.
@@ -325,23 +318,17 @@ def ppo_loss(
     policy, value = network.apply(params, batch.obs)
     log_ratio = log_prob(policy, batch.action) - batch.log_prob
     ratio, kl_div, clip_coef = jnp.exp(log_ratio), kl(batch.policy, policy), schedule.clip_coef
+    policy_loss = -batch.advantage * ratio
     if args.objective == "clip":
-        clipped = jnp.clip(ratio, 1 - clip_coef, 1 + clip_coef)
-        policy_loss = jnp.maximum(-batch.advantage * ratio, -batch.advantage * clipped)
+        policy_loss = jnp.maximum(policy_loss, -batch.advantage * jnp.clip(ratio, 1 - clip_coef, 1 + clip_coef))
     else:
-        policy_loss = -batch.advantage * ratio + kl_coef * kl_div
+        policy_loss += schedule.kl_coef * kl_div
     value_loss = jnp.square(value - batch.target)
     if args.clip_vloss:
         clipped = batch.value + jnp.clip(value - batch.value, -clip_coef, clip_coef)
         value_loss = jnp.maximum(value_loss, jnp.square(clipped - batch.target))
-    samples = {
-        "policy_loss": policy_loss,
-        "value_loss": 0.5 * value_loss,
-        "entropy": entropy(policy),
-        "approx_kl": ratio - 1 - log_ratio,
-        "kl": kl_div,
-        "clipfrac": (jnp.abs(ratio - 1) > clip_coef).astype(ratio.dtype),
-    }
+    samples = {"policy_loss": policy_loss, "value_loss": 0.5 * value_loss, "entropy": entropy(policy)}
+    samples |= {"approx_kl": ratio - 1 - log_ratio, "kl": kl_div, "clipfrac": jnp.abs(ratio - 1) > clip_coef}
     mean = jax.tree.map(lambda x: jnp.mean(x * batch.mask), samples)
     return mean["policy_loss"] + args.vf_coef * mean["value_loss"] - schedule.ent_coef * mean["entropy"], mean
 
@@ -350,18 +337,11 @@ def ppo_loss(
 
 
 def make_optimizer(args: Args) -> optax.GradientTransformation:
-    """Returns Adam behind a global gradient norm, without the step size, which is traced."""
+    """Returns Adam behind a bound on the global gradient norm, without the step size, which is traced."""
     return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.scale_by_adam(eps=1e-5))
 
 
-def iteration_keys(learner: LearnerState) -> jax.Array:
-    """Returns the two keys of this iteration, for actions and for shuffles."""
-    return jax.random.split(jax.random.fold_in(learner.key, learner.iteration))
-
-
-def minibatch_step(
-    learner: LearnerState, batch: Batch, schedule: Schedule, network: nn.Module, args: Args
-) -> tuple[LearnerState, dict[str, jax.Array]]:
+def minibatch_step(learner: LearnerState, batch: Batch, network: nn.Module, args: Args) -> tuple[LearnerState, dict]:
     """Returns the learner after one gradient step on a minibatch [B, ...]. Of P processes, each takes its P-th part."""
     batch = batch._replace(mask=batch.mask / jnp.maximum(jnp.mean(batch.mask), 1e-8))
     if args.norm_adv:
@@ -369,37 +349,38 @@ def minibatch_step(
         std = jnp.sqrt(jnp.mean(jnp.square(centred) * batch.mask))
         batch = batch._replace(advantage=centred / (std + 1e-8))
     if args.distributed:
-        part = lambda x: x.reshape(jax.lax.axis_size("process"), -1, *x.shape[1:])[jax.lax.axis_index("process")]  # noqa: E731
-        batch = jax.tree.map(part, batch)
-    gradient = jax.grad(ppo_loss, has_aux=True)
-    grads, metrics = gradient(learner.params, batch, schedule, learner.kl_coef, network, args)
+        processes, process = jax.lax.axis_size("process"), jax.lax.axis_index("process")
+        batch = jax.tree.map(lambda x: x.reshape(processes, -1, *x.shape[1:])[process], batch)
+    grads, metrics = jax.grad(ppo_loss, has_aux=True)(learner.params, batch, learner.schedule, network, args)
     if args.distributed:
         grads, metrics = jax.lax.pmean((grads, metrics), "process")
     direction, opt_state = make_optimizer(args).update(grads, learner.opt_state, learner.params)
-    params = jax.tree.map(lambda p, d: p - learner.learning_rate * d, learner.params, direction)
+    params = jax.tree.map(lambda p, d: p - learner.schedule.learning_rate * d, learner.params, direction)
     return learner._replace(params=params, opt_state=opt_state), metrics
 
 
-def epoch_step(
-    carry: tuple, shuffle_key: jax.Array, data: tuple, schedule: Schedule, network: nn.Module, args: Args
-) -> tuple[tuple, dict[str, jax.Array]]:
+def epoch_step(carry: tuple, shuffle_key: Array, data: tuple, network: nn.Module, args: Args) -> tuple[tuple, dict]:
     """Returns (learner, stop) after one pass over the rollout in M random minibatches, and the pass's mean metrics."""
     (learner, stop), (batch, obs, transition) = carry, data
     if args.recompute_advantages:
         advantage, target, _ = advantages(learner.params, obs, transition, network, args)
         batch = batch._replace(advantage=advantage, target=target)
     order = jax.random.permutation(shuffle_key, batch.mask.shape[0]).reshape(args.num_minibatches, -1)
-    step = partial(minibatch_step, schedule=schedule, network=network, args=args)
-    new, metrics = jax.lax.scan(step, learner, jax.tree.map(lambda x: x[order], batch))  # [M, B, ...]
+    minibatches = jax.tree.map(lambda x: x[order], batch)  # [M, B, ...]
+    new, metrics = jax.lax.scan(partial(minibatch_step, network=network, args=args), learner, minibatches)
     metrics = jax.tree.map(jnp.mean, metrics) | {"epochs": 1 - stop.astype(batch.mask.dtype)}
     if args.adaptive_lr:  # Source: rl_games and RSL-RL
-        change = jnp.where(metrics["kl"] > 2 * args.desired_kl, 1 / 1.5, 1)
-        change = jnp.where(metrics["kl"] < 0.5 * args.desired_kl, 1.5, change)
-        new = new._replace(learning_rate=jnp.clip(new.learning_rate * change, 1e-6, 1e-2))
+        rate = new.schedule.learning_rate * steer(metrics["kl"], args.desired_kl, 1 / 1.5, 2, 0.5)
+        new = new._replace(schedule=new.schedule._replace(learning_rate=jnp.clip(rate, 1e-6, 1e-2)))
     if args.target_kl is not None:
         new = jax.tree.map(partial(jnp.where, stop), learner, new)
         stop |= metrics["approx_kl"] > 1.5 * args.target_kl
     return (new, stop), metrics
+
+
+def steer(kl_div: Array, desired: float, factor: float, above: float, below: float) -> Array:
+    """Returns factor where the KL is more than `above` times the desired one, 1 / factor where less than `below`."""
+    return jnp.where(kl_div > above * desired, factor, jnp.where(kl_div < below * desired, 1 / factor, 1))
 
 
 def advantages(params: Any, obs: Any, transition: Transition, network: nn.Module, args: Args) -> tuple:
@@ -410,19 +391,17 @@ def advantages(params: Any, obs: Any, transition: Transition, network: nn.Module
     return *(jnp.repeat(x, value.shape[2]) for x in both), value[:-1].reshape(-1)
 
 
-def update(
-    learner: LearnerState, transition: Transition, schedule: Schedule, network: nn.Module, args: Args
-) -> tuple[LearnerState, dict[str, jax.Array]]:
+def update(learner: LearnerState, transition: Transition, network: nn.Module, args: Args) -> tuple[LearnerState, dict]:
     """Returns the learner after E epochs over a rollout [T, N, ...] (obs [T + 1, N, K, ...]), and metrics, scalars."""
     if args.distributed:  # everybody sees the whole rollout, so that P processes compute exactly what one does
         transition = jax.lax.all_gather(transition, "process", axis=1, tiled=True)
     obs = jax.tree.map(partial(normalize, bound=args.clip_obs), transition.obs, learner.obs_stats)
-    obs_stats, return_stats = learner.obs_stats, learner.return_stats
+    obs_stats, return_stats, given = learner.obs_stats, learner.return_stats, learner.schedule
     if args.norm_obs:
         acted_on = jax.tree.map(lambda x: x[:-1, :, 0], transition.obs)
         obs_stats = jax.tree.map(partial(update_stats, mask=transition.mask), acted_on, obs_stats)
     if args.norm_reward:
-        return_stats = update_stats(transition.discounted_return, return_stats, transition.mask)
+        return_stats = update_stats(transition.episode.discounted_return, return_stats, transition.mask)
     scale = return_stats._replace(mean=jnp.zeros_like(return_stats.mean))
     transition = transition._replace(reward=normalize(transition.reward, scale, args.clip_reward))
 
@@ -430,31 +409,28 @@ def update(
     policy = network.apply(learner.params, flat_obs, method="policy")
     advantage, target, value = advantages(learner.params, obs, transition, network, args)
     copy = partial(jnp.repeat, repeats=jax.tree.leaves(obs)[0].shape[2], axis=0)
-    action, mask = copy(transition.action.reshape(-1, policy.mean.shape[-1])), copy(transition.mask.reshape(-1))
+    action, mask = copy(transition.action.reshape(-1, network.action_size)), copy(transition.mask.reshape(-1))
     batch = Batch(flat_obs, action, policy, log_prob(policy, action), value, advantage, target, mask)
-    if not args.adaptive_lr:
-        learner = learner._replace(learning_rate=schedule.learning_rate)
-    step = partial(epoch_step, data=(batch, obs, transition), schedule=schedule, network=network, args=args)
-    _, shuffle_key = iteration_keys(learner)
-    keys = jax.random.split(shuffle_key, args.update_epochs)
-    (learner, _), metrics = jax.lax.scan(step, (learner, jnp.array(False)), keys)
-
+    left = 1 - learner.iteration / args.num_iterations
+    rate, clip = (left if args.anneal_lr else 1), (left if args.anneal_clip else 1)
+    schedule = given._replace(learning_rate=given.learning_rate * rate, clip_coef=given.clip_coef * clip)
+    keys = jax.random.split(iteration_keys(learner)[1], args.update_epochs)
+    step = partial(epoch_step, data=(batch, obs, transition), network=network, args=args)
+    (learner, _), metrics = jax.lax.scan(step, (learner._replace(schedule=schedule), jnp.array(False)), keys)
     epochs = metrics.pop("epochs")  # [E], 0 after an early stop
-    metrics = jax.tree.map(lambda x: masked_mean(x, epochs), metrics) | {
-        "explained_variance": 1 - masked_var(target - value, mask) / jnp.maximum(masked_var(target, mask), 1e-8),
-        "learning_rate": learner.learning_rate,
-        "kl_coef": learner.kl_coef,
-        "epochs": jnp.sum(epochs),
-        "std": masked_mean(jnp.mean(jnp.exp(policy.log_std), axis=-1), mask),
-    }
+    metrics = {f"losses/{name}": masked_mean(x, epochs) for name, x in metrics.items()}
+    explained = 1 - masked_var(target - value, mask) / jnp.maximum(masked_var(target, mask), 1e-8)
+    metrics |= {"losses/explained_variance": explained, "charts/learning_rate": learner.schedule.learning_rate}
+    metrics |= {"policy/std": jnp.mean(jnp.exp(policy.log_std)), "policy/param_norm": optax.global_norm(learner.params)}
+    metrics |= {"policy/kl_coef": given.kl_coef, "policy/epochs": jnp.sum(epochs)}
+    if args.adaptive_lr:
+        given = given._replace(learning_rate=learner.schedule.learning_rate)
     if args.objective == "kl-penalty":
-        new_policy = network.apply(learner.params, flat_obs, method="policy")
-        kl_div = masked_mean(kl(policy, new_policy), mask)
-        factor, above, below = (2, 1.5, 1 / 1.5) if args.kl_rule == "ppo" else (1.5, 2, 0.5)
-        change = jnp.where(kl_div > above * args.desired_kl, factor, 1)
-        change = jnp.where(kl_div < below * args.desired_kl, 1 / factor, change)
-        learner = learner._replace(kl_coef=learner.kl_coef * change)
-    return learner._replace(obs_stats=obs_stats, return_stats=return_stats, iteration=learner.iteration + 1), metrics
+        kl_div = masked_mean(kl(policy, network.apply(learner.params, flat_obs, method="policy")), mask)
+        rule = (2, 1.5, 1 / 1.5) if args.kl_rule == "ppo" else (1.5, 2, 0.5)  # factor, above, below
+        given = given._replace(kl_coef=given.kl_coef * steer(kl_div, args.desired_kl, *rule))
+    new = {"obs_stats": obs_stats, "return_stats": return_stats, "schedule": given, "iteration": learner.iteration + 1}
+    return learner._replace(**new), metrics
 
 
 # --- Environments ---
@@ -462,14 +438,14 @@ def update(
 
 class TimeStep(NamedTuple):  # what S*N environments return, leaves [S*N, ...]
     obs: Any  # float32 [S*N, K, ...]; an ended episode's last observation, then on the next step a new one's first
-    reward: jax.Array
-    terminated: jax.Array  # bool, as truncated; never both
-    truncated: jax.Array
+    reward: Array
+    terminated: Array  # bool, as truncated; never both
+    truncated: Array
 
 
 class Environment(NamedTuple):  # S*N environments behind two functions
     reset: Callable[[], tuple[Any, TimeStep]]
-    step: Callable[[Any, jax.Array], tuple[Any, TimeStep]]  # (env_state, action [S*N, *action_space.shape])
+    step: Callable[[Any, Array], tuple[Any, TimeStep]]  # (env_state, action [S*N, *action_space.shape])
     action_space: Any
     threshold: float | None  # mean return at which the environment counts as solved
 
@@ -481,10 +457,9 @@ def make_env(env_id: str, env_seeds: list[int]) -> Environment:
         near = ", ".join(difflib.get_close_matches(env_id, known, n=3)) or "none"
         fail(f"--env-id {env_id} is unknown to EnvPool and Gymnasium; nearest: {near}")
     try:
-        make = make_envpool if env_id in envpool.list_all_envs() else make_gymnasium
-        env = make(env_id, env_seeds)
+        env = (make_envpool if env_id in envpool.list_all_envs() else make_gymnasium)(env_id, env_seeds)
     except (ImportError, gymnasium.error.Error) as error:
-        fail(f"--env-id {env_id} cannot be made, install or import what is missing: {str(error).splitlines()[0]}")
+        fail(f"--env-id {env_id} cannot be made, install or import what it needs: {first_line(error)}")
     if not isinstance(env.action_space, gymnasium.spaces.Box):
         other = "ppo_atari.py for Atari games, else ppo_icm_lstm.py"
         fail(f"--env-id {env_id} has {type(env.action_space).__name__} actions, this script needs Box: use {other}")
@@ -497,16 +472,16 @@ def make_envpool(env_id: str, env_seeds: list[int]) -> Environment:
     handle, recv, send, _ = pool.xla()
     action_dtype = list(pool.spec.action_array_spec.values())[-1].dtype
 
-    def receive(handle: jax.Array) -> tuple[jax.Array, TimeStep]:
+    def receive(handle: Array) -> tuple[Array, TimeStep]:
         handle, (obs, reward, terminated, truncated, _) = recv(handle)
         obs = jax.tree.map(lambda x: x[:, None].astype(jnp.float32), obs)
         return handle, TimeStep(obs, reward.astype(jnp.float32), terminated, truncated)
 
-    def reset() -> tuple[jax.Array, TimeStep]:
+    def reset() -> tuple[Array, TimeStep]:
         pool.async_reset()
         return jax.jit(receive)(jnp.asarray(handle))
 
-    def step(handle: jax.Array, action: jax.Array) -> tuple[jax.Array, TimeStep]:
+    def step(handle: Array, action: Array) -> tuple[Array, TimeStep]:
         return receive(send(handle, action.astype(action_dtype), np.arange(len(env_seeds), dtype=np.int32)))
 
     return Environment(reset, step, pool.action_space, getattr(pool.spec.config, "reward_threshold", None))
@@ -516,43 +491,32 @@ def make_gymnasium(env_id: str, env_seeds: list[int]) -> Environment:
     """Gymnasium: a vector environment on the host, called in order from the compiled rollout.
 
     `info["non-terminal done"]` makes an end a truncation; an environment with a method `augment_observation` (one
-    observation in, K out, the original first) trains on all K.
+    observation in, K out, the original first) trains on all K. Raises: ValueError if K changes.
     """
     vector = gymnasium.make_vec(env_id, num_envs=len(env_seeds), vectorization_mode="sync")
-    space, one = vector.single_action_space, vector.envs[0]
-    augmented = one.has_wrapper_attr("augment_observation")
-    copies = (
-        one.get_wrapper_attr("augment_observation") if augmented else lambda obs: jax.tree.map(lambda x: x[None], obs)
-    )
+    space, copies = vector.single_action_space, partial(jax.tree.map, lambda x: x[None])
+    if vector.envs[0].has_wrapper_attr("augment_observation"):
+        copies = vector.envs[0].get_wrapper_attr("augment_observation")
 
     def time_step(obs: Any, reward: Any, terminated: np.ndarray, truncated: np.ndarray, info: dict) -> TimeStep:
-        each = [copies(jax.tree.map(lambda x, i=i: x[i], obs)) for i in range(len(env_seeds))]  # N of [K, ...]
+        each = [copies(jax.tree.map(lambda x, i=i: x[i], obs)) for i in range(len(env_seeds))]
         obs = jax.tree.map(lambda *x: np.stack(x).astype(np.float32), *each)
-        ended = terminated & np.asarray(info.get("non-terminal done", False), bool)
-        terminated = terminated & ~ended
-        return TimeStep(obs, np.float32(reward), terminated, (truncated | ended) & ~terminated)
+        terminated, ended = terminated & ~truncated, np.asarray(info.get("non-terminal done", False), bool)
+        return TimeStep(obs, np.float32(reward), terminated & ~ended, truncated | (terminated & ended))
 
     def reset() -> tuple[tuple, TimeStep]:
         none = np.zeros(len(env_seeds), bool)
-        return (), time_step(vector.reset(seed=env_seeds)[0], none, none, none, {})
+        return (), jax.tree.map(jnp.asarray, time_step(vector.reset(seed=env_seeds)[0], none, none, none, {}))
 
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), reset()[1])
-
-    def host_step(action: np.ndarray) -> TimeStep:
-        new = time_step(*vector.step(np.asarray(action, space.dtype)))
-        if jax.tree.map(np.shape, new) != jax.tree.map(np.shape, like):
-            raise ValueError(
-                f"augment_observation returned other shapes than at first: {jax.tree.map(np.shape, new.obs)}"
-            )
-        return new
-
-    def step(env_state: tuple, action: jax.Array) -> tuple[tuple, TimeStep]:
+    def step(env_state: tuple, action: Array) -> tuple[tuple, TimeStep]:
+        host_step = lambda action: time_step(*vector.step(np.asarray(action, space.dtype)))  # noqa: E731
         return env_state, io_callback(host_step, like, action, ordered=True)
 
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), reset()[1])
     return Environment(reset, step, space, vector.spec.reward_threshold)
 
 
-def bounded(action: jax.Array, space: Any, scale: bool) -> jax.Array:
+def bounded(action: Array, space: Any, scale: bool) -> Array:
     """Returns what the environment gets for actions [..., U]: [..., *space.shape] inside its bounds."""
     low, high = space.low.astype(np.float32), space.high.astype(np.float32)
     finite = np.isfinite(low) & np.isfinite(high) & np.bool_(scale)
@@ -563,23 +527,26 @@ def bounded(action: jax.Array, space: Any, scale: bool) -> jax.Array:
 # --- Rollout ---
 
 
-class RunnerState(NamedTuple):  # the carry of the rollout, leaves [S*N, ...]
+class Episode(NamedTuple):  # sums since it began, [S*N]; unclipped, and the whole episode's where done and mask are 1
+    episodic_return: Array
+    episodic_length: Array
+    discounted_return: Array  # what scales rewards
+
+
+class RunnerState(NamedTuple):  # the carry of the rollout
     env_state: Any
     time_step: TimeStep
-    episode_return: jax.Array
-    episode_length: jax.Array
-    discounted_return: jax.Array
+    episode: Episode
 
 
-class Episode(NamedTuple):  # [T, S*N], real, undiscounted, unclipped; to be read where finished is 1
-    finished: jax.Array
-    episodic_return: jax.Array
-    episodic_length: jax.Array
+def iteration_keys(learner: LearnerState) -> Array:
+    """Returns the two keys of this iteration, for actions and for shuffles."""
+    return jax.random.split(jax.random.fold_in(learner.key, learner.iteration))
 
 
 def env_step(
-    runner: RunnerState, noise: jax.Array, learner: LearnerState, env: Environment, network: nn.Module, args: Args
-) -> tuple[RunnerState, tuple[Transition, Episode]]:
+    runner: RunnerState, noise: Array, learner: LearnerState, env: Environment, network: nn.Module, args: Args
+) -> tuple[RunnerState, Transition]:
     """Returns the runner after one step with noise [S, N, U], and what happened, leaves [S*N, ...]."""
     last = runner.time_step
     obs = jax.tree.map(lambda x: x[:, 0].reshape(*noise.shape[:2], *x.shape[2:]), last.obs)  # [S, N, ...]
@@ -589,38 +556,30 @@ def env_step(
     env_state, new = env.step(runner.env_state, bounded(action, env.action_space, args.scale_actions))
     mask = 1 - (last.terminated | last.truncated).astype(jnp.float32)
     done = (new.terminated | new.truncated).astype(jnp.float32)
-    runner = RunnerState(
-        env_state=env_state,
-        time_step=new,
-        episode_return=(runner.episode_return + new.reward) * mask,
-        episode_length=(runner.episode_length + 1) * mask,
-        discounted_return=(args.gamma * runner.discounted_return + new.reward) * mask,
+    episodic_return, episodic_length, discounted_return = runner.episode
+    sums = episodic_return + new.reward, episodic_length + 1, args.gamma * discounted_return + new.reward
+    episode = Episode(*(x * mask for x in sums))
+    terminated = new.terminated.astype(jnp.float32)
+    return RunnerState(env_state, new, episode), Transition(
+        last.obs, action, new.reward, terminated, done, mask, episode
     )
-    transition = Transition(
-        obs=last.obs,
-        action=action,
-        reward=new.reward,
-        discounted_return=runner.discounted_return,
-        terminated=new.terminated.astype(jnp.float32),
-        done=done,
-        mask=mask,
-    )
-    return runner, (transition, Episode(done * mask, runner.episode_return, runner.episode_length))
 
 
 def rollout(
     runner: RunnerState, learner: LearnerState, env: Environment, network: nn.Module, args: Args
-) -> tuple[RunnerState, Transition, Episode]:
-    """Returns the runner after T steps of S*N environments, the transitions [S, T, N, ...] and episodes [T, S*N]."""
-    num_local, first = args.num_envs // jax.process_count(), jax.process_index() * args.num_envs // jax.process_count()
-    shape = (args.num_steps, args.num_envs, network.action_size)  # of all processes, so that P act as one does
+) -> tuple[RunnerState, Transition]:
+    """Returns the runner after T steps of S*N environments, and the transitions [S, T, N, ...] (obs: see Transition)."""
+    local, shape = args.num_envs // jax.process_count(), (args.num_steps, args.num_envs, network.action_size)
     noise = jax.vmap(lambda one: jax.random.normal(iteration_keys(one)[0], shape, jnp.float32), out_axes=1)(learner)
-    noise = noise[:, :, first : first + num_local] * (args.mode == "train")  # [T, S, N, U]; 0: deterministic actions
+    noise = noise[:, :, jax.process_index() * local :][
+        :, :, :local
+    ]  # [T, S, N, U], so that P processes act as one does
+    noise = noise if args.mode == "train" else jnp.zeros_like(noise)
     step = partial(env_step, learner=learner, env=env, network=network, args=args)
-    runner, (transition, episode) = jax.lax.scan(step, runner, noise)
-    last = jax.tree.map(lambda x, y: jnp.concatenate([x, y[None]]), transition.obs, runner.time_step.obs)
-    split = lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, num_local, *x.shape[2:]), 1, 0)  # noqa: E731
-    return runner, jax.tree.map(split, transition._replace(obs=last)), episode
+    runner, transition = jax.lax.scan(step, runner, noise)
+    obs = jax.tree.map(lambda x, last: jnp.concatenate([x, last[None]]), transition.obs, runner.time_step.obs)
+    by_seed = lambda x: jnp.moveaxis(x.reshape(len(x), -1, local, *x.shape[2:]), 1, 0)  # noqa: E731
+    return runner, jax.tree.map(by_seed, transition._replace(obs=obs))
 
 
 # --- Run ---
@@ -630,6 +589,10 @@ class Progress(NamedTuple):  # NumPy; a checkpoint holds it beside the learner
     returns: np.ndarray  # [S, 100] of the last training episodes, nan where there are fewer
     episodes: np.ndarray  # [S], ended so far
     seconds: np.ndarray  # [4]: compilation, rollouts, updates, everything
+
+
+def first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def configure(args: Args) -> Mesh:
@@ -643,20 +606,13 @@ def configure(args: Args) -> Mesh:
         if args.distributed:
             jax.distributed.initialize()
         else:
-            jax.config.update("jax_num_cpu_devices", min(args.num_seeds, len(os.sched_getaffinity(0))))
+            jax.config.update("jax_num_cpu_devices", min(args.num_seeds, os.cpu_count()))
         devices = np.array(jax.devices()).reshape(jax.process_count(), -1)
     except (RuntimeError, ValueError) as error:
         flag = "--distributed, start with mpirun or srun" if args.distributed else f"--platform {args.platform}"
-        fail(f"{flag}: {str(error).splitlines()[0]}")
-    fit = max(d for d in range(1, devices.shape[1] + 1) if args.num_seeds % d == 0)
-    return Mesh(devices[:, : 1 if args.distributed else fit], ("process", "seed"))
-
-
-@contextmanager
-def on_host() -> Iterator[None]:
-    """Where environments live and rollouts compile: on the CPU, with the float64 that EnvPool's MuJoCo speaks."""
-    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
-        yield
+        fail(f"{flag}: {first_line(error)}")
+    fit = 1 if args.distributed else max(d for d in range(1, devices.size + 1) if args.num_seeds % d == 0)
+    return Mesh(devices[:, :fit], ("process", "seed"))
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -683,221 +639,179 @@ def open_folder(args: Args) -> None:
     shutil.copy(__file__, args.folder)
 
 
-def restore(args: Args, state: tuple) -> tuple[ocp.CheckpointManager, tuple]:
-    """Returns the folder's checkpoints (whole or absent, the last two kept) and the newest readable state, or `state`."""
-    processes = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={jax.process_index()})
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=2, create=False, enable_async_checkpointing=False, multiprocessing_options=processes
-    )
-    manager = ocp.CheckpointManager((args.folder / "checkpoints").absolute(), options=options)
+def restore(args: Args, learner: LearnerState) -> tuple[ocp.CheckpointManager, tuple[LearnerState, Progress]]:
+    """Returns the folder's checkpoints (whole or absent, the last two kept), and the newest readable state or a new."""
+    S, processes = args.num_seeds, ocp.options.MultiprocessingOptions(active_processes={jax.process_index()})
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, create=False, multiprocessing_options=processes)
+    manager = ocp.CheckpointManager(args.folder / "checkpoints", options=options)
+    state = learner, Progress(np.full((S, 100), np.nan), np.zeros(S, np.int64), np.zeros(4))
     for step in sorted(manager.all_steps(), reverse=True):
         try:
             return manager, manager.restore(step, args=ocp.args.StandardRestore(state))
         except Exception as error:  # whatever a damaged file makes of itself
-            print(f"checkpoint {step} is damaged, trying the one before: {str(error).splitlines()[0]}", file=sys.stderr)
+            print(f"checkpoint {step} is damaged, trying the one before: {first_line(error)}", file=sys.stderr)
     if manager.all_steps():
         fail(f"--run-dir {args.folder} has no readable checkpoint: restore a backup, or start afresh with --clobber")
     return manager, state
 
 
-def make_run(args: Args) -> tuple[Environment, RunnerState, nn.Module, LearnerState]:
-    """Returns environments, their runner, the network, and new learners [S, ...] on the host; seeds as in lone runs."""
-    seeds, processes = range(args.seed, args.seed + args.num_seeds), jax.process_count()
+def make_run(args: Args) -> tuple[Callable, RunnerState, nn.Module, LearnerState, Environment]:
+    """Returns the compiled rollout, the runner, the network, new learners [S, ...] on the host, and the environments."""
+    seeds, local = range(args.seed, args.seed + args.num_seeds), args.num_envs // jax.process_count()
     env_seeds = np.stack([np.random.SeedSequence(seed).generate_state(args.num_envs) >> 1 for seed in seeds])
-    env_seeds = env_seeds.reshape(args.num_seeds, processes, -1)[:, jax.process_index()]
-    with on_host():
-        env = make_env(args.env_id, env_seeds.ravel().tolist())
+    env_seeds = env_seeds[:, jax.process_index() * local :][:, :local].ravel().tolist()
+    # On the CPU beside the environments; EnvPool's MuJoCo speaks float64, which nothing outside of here may
+    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
+        env = make_env(args.env_id, env_seeds)
         env_state, time_step = env.reset()
-        zero = jnp.zeros_like(time_step.reward)
-    runner = RunnerState(env_state, time_step, episode_return=zero, episode_length=zero, discounted_return=zero)
-    network = ActorCritic(int(np.prod(env.action_space.shape)), args)
-    obs = jax.tree.map(lambda x: np.asarray(x[0, 0]), time_step.obs)
-    learner = jax.jit(jax.vmap(partial(init_learner, obs=obs, network=network, args=args)))(np.array(seeds, np.uint32))
-    return env, runner, network, jax.device_get(learner)
+        runner = RunnerState(env_state, time_step, Episode(*[jnp.zeros(len(env_seeds), jnp.float32)] * 3))
+        network = ActorCritic(int(np.prod(env.action_space.shape)), args)
+        obs = jax.tree.map(lambda x: np.asarray(x[0, 0]), time_step.obs)
+        init = jax.jit(partial(init_learner, obs=obs, network=network, args=args))
+        learner = jax.tree.map(lambda *x: np.stack(x), *[init(np.uint32(seed)) for seed in seeds])  # [S, ...]
+        act = jax.jit(partial(rollout, env=env, network=network, args=args))
+        act = act.lower(runner, learner._replace(opt_state=None)).compile()
+    return act, runner, network, learner, env
 
 
-def init_learner(seed: jax.Array, obs: Any, network: nn.Module, args: Args) -> LearnerState:
+def init_learner(seed: Array, obs: Any, network: nn.Module, args: Args) -> LearnerState:
     """Returns one seed's new learner; obs is one observation."""
     key = jax.random.PRNGKey(seed)
     params = network.init(key, jax.tree.map(lambda x: x[None], obs))
     identity = lambda x: RunningStats(jnp.zeros_like(x), jnp.ones_like(x), jnp.float32(1e-4))  # noqa: E731
+    schedule = Schedule(*map(jnp.float32, (args.learning_rate, args.clip_coef, args.ent_coef, args.kl_coef)))
+    stats = jax.tree.map(identity, obs), identity(jnp.float32(0))
     return LearnerState(
-        params=params,
-        opt_state=make_optimizer(args).init(params),
-        obs_stats=jax.tree.map(identity, obs),
-        return_stats=identity(jnp.float32(0)),
-        learning_rate=jnp.float32(args.learning_rate),
-        kl_coef=jnp.float32(args.kl_coef),
-        key=jax.random.fold_in(key, 1),
-        iteration=jnp.int32(0),
+        params, make_optimizer(args).init(params), *stats, schedule, jax.random.fold_in(key, 1), jnp.int32(0)
     )
 
 
-def schedule_at(iteration: int, args: Args) -> Schedule:
-    """Returns what is annealed linearly to zero, as it is in an iteration."""
-    left = 1 - iteration / args.num_iterations
-    return Schedule(
-        learning_rate=np.float32(args.learning_rate * (left if args.anneal_lr else 1)),
-        clip_coef=np.float32(args.clip_coef * (left if args.anneal_clip else 1)),
-        ent_coef=np.float32(args.ent_coef),
-    )
-
-
-def compile_rollout(env: Environment, runner: RunnerState, network: nn.Module, learner: LearnerState, args: Args):
-    """Returns the compiled rollout, and the shapes of what it returns."""
-    with on_host():
-        lowered = jax.jit(partial(rollout, env=env, network=network, args=args)).lower(
-            runner, learner._replace(opt_state=None)
-        )
-        return lowered.compile(), lowered.out_info
-
-
-def compile_update(learner: LearnerState, transition: Transition, network: nn.Module, args: Args, mesh: Mesh) -> tuple:
-    """Returns the compiled update of all seeds, and what puts learners and transitions (here: shapes) on its devices."""
-    specs = P("seed"), P("seed", None, "process")  # of leaves [S, ...] and [S, T, N, ...]
-    learn = jax.vmap(partial(update, network=network, args=args), in_axes=(0, 0, None))
-    learn = jax.shard_map(learn, mesh=mesh, in_specs=(*specs, P()), out_specs=specs[0], check_vma=False)
+def make_update(network: nn.Module, args: Args, mesh: Mesh) -> tuple[Callable, Callable, Callable]:
+    """Returns the jitted update of all seeds, and what puts learners and transitions of this process on its devices."""
+    specs = PartitionSpec("seed"), PartitionSpec("seed", None, "process")  # of leaves [S, ...] and [S, T, N, ...]
+    learn = jax.vmap(partial(update, network=network, args=args))
+    learn = jax.shard_map(learn, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
     put = [partial(jax.make_array_from_process_local_data, NamedSharding(mesh, spec)) for spec in specs]
-    put_learner, put_transition = (lambda x, put=p: jax.tree.map(lambda y: put(np.asarray(y)), x) for p in put)
-    example = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), transition)
-    lowered = jax.jit(learn, donate_argnums=0).lower(
-        put_learner(learner), put_transition(example), schedule_at(0, args)
-    )
-    return lowered.compile(), put_learner, put_transition
+    put_learner, put_transition = (lambda x, put=put: jax.tree.map(put, jax.device_get(x)) for put in put)
+    return jax.jit(learn, donate_argnums=0), put_learner, put_transition
 
 
 def open_writers(args: Args, network: nn.Module, runner: RunnerState, step: int) -> list[SummaryWriter]:
-    """Returns one event file per seed, in the run folder or sub-folders, with the settings and the networks as tables."""
-    names = [""] if args.num_seeds == 1 else [f"seed{args.seed + s}" for s in range(args.num_seeds)]
+    """Returns one event file per seed, in the run folder or its sub-folders, that begins with settings and networks."""
+    names = [f"seed{args.seed + s}" if args.num_seeds > 1 else "" for s in range(args.num_seeds)]
     writers = [SummaryWriter(str(args.folder / name), purge_step=step) for name in names]
     table = "\n".join(["|setting|value|", "|-|-|", *(f"|{k}|{v}|" for k, v in asdict(args).items())])
-    obs = jax.tree.map(lambda x: x[:1, 0], runner.time_step.obs)
-    networks = network.tabulate(jax.random.PRNGKey(0), obs, console_kwargs={"width": 120, "force_terminal": False})
+    obs = jax.tree.map(lambda x: np.asarray(x[:1, 0]), runner.time_step.obs)
+    layers = network.tabulate(jax.random.PRNGKey(0), obs, console_kwargs={"width": 120, "force_terminal": False})
     for writer in writers:
         writer.add_text("hyperparameters", table, step)
-        writer.add_text("networks", f"```\n{networks}\n```", step)
+        writer.add_text("networks", f"```\n{layers}\n```", step)
     return writers
 
 
-def log(writers: list, step: int, metrics: dict, transition: Transition, episode: Episode, histograms: bool) -> None:
+def log(writers: list, step: int, metrics: dict, transition: Transition, histograms: bool) -> None:
     """Writes an iteration's metrics [S], and the means over the episodes that ended in it, to each seed's event file."""
-    finished, returns, lengths = (np.asarray(x).reshape(len(x), len(writers), -1) for x in episode)
     for s, writer in enumerate(writers):
-        for name, value in metrics.items():
-            writer.add_scalar(name, value[s], step)
-        if (ended := finished[:, s] > 0).any():
-            writer.add_scalar("charts/episodic_return", returns[:, s][ended].mean(), step)
-            writer.add_scalar("charts/episodic_length", lengths[:, s][ended].mean(), step)
-        if histograms:
-            rollout = {"obs": transition.obs, "action": transition.action, "reward": transition.reward}
-            for path, leaf in jax.tree_util.tree_leaves_with_path(rollout):
-                name = jax.tree_util.keystr(path, simple=True, separator="/")
-                writer.add_histogram(f"rollout/{name}", np.asarray(leaf[s]).ravel(), step)
+        one = jax.tree.map(lambda x, s=s: np.asarray(x[s]), transition)
+        ended = (one.done * one.mask) > 0
+        episode = {f"charts/{k}": v[ended].mean() for k, v in one.episode._asdict().items() if ended.any()}
+        for name, value in ({k: v[s] for k, v in metrics.items()} | episode).items():
+            writer.add_scalar(name, value, step)
+        for path, leaf in jax.tree_util.tree_leaves_with_path((one.obs, one.action, one.reward)) if histograms else ():
+            name = "rollout/" + ("obs", "action", "reward")[path[0].idx] + jax.tree_util.keystr(path[1:])
+            writer.add_histogram(name, leaf.ravel(), step)
 
 
-def add_episodes(progress: Progress, episode: Episode, seconds: list[float]) -> Progress:
-    """Returns the progress with the episodes [T, S*N] that ended in one more rollout, and the seconds it took."""
-    finished, returns = (np.asarray(x).reshape(len(x), len(progress.episodes), -1) for x in episode[:2])
-    new = [returns[:, s][finished[:, s] > 0] for s in range(len(progress.episodes))]
-    last = np.stack([np.append(old, n)[-100:] for old, n in zip(progress.returns, new, strict=True)])
-    return Progress(last, progress.episodes + [len(n) for n in new], progress.seconds + seconds)
+def advance(progress: Progress, transition: Transition, seconds: list[float]) -> Progress:
+    """Returns the progress after one more rollout and update, with the episodes that ended and the seconds it took."""
+    ended = np.asarray(transition.done * transition.mask) > 0  # [S, T, N]
+    new = [x[e] for x, e in zip(np.asarray(transition.episode.episodic_return), ended, strict=True)]
+    returns = [np.append(old, x)[-100:] for old, x in zip(progress.returns, new, strict=True)]
+    return Progress(np.stack(returns), progress.episodes + [len(x) for x in new], progress.seconds + seconds)
 
 
-def result(args: Args, iteration: int, progress: Progress) -> dict:
-    """Returns what result.json holds; compile time is that of all the processes that worked on the run."""
-    compiling, acting, learning, total = progress.seconds.tolist()
-    timesteps = iteration * args.num_envs * args.num_steps
-    every = timesteps * args.num_seeds
-    return {
-        "script": Path(__file__).name,
-        "env_id": args.env_id,
-        "args": asdict(args),
-        "seeds": list(range(args.seed, args.seed + args.num_seeds)),
-        "finished": iteration >= args.num_iterations,
-        "timesteps": timesteps,
-        "episodes": progress.episodes.tolist(),
-        "episodic_return": [float(np.nanmean(x)) if np.isfinite(x).any() else None for x in progress.returns],
-        "eval_return": None,
-        "wall_time": total,
-        "compile_time": compiling,
-        "sps": every / (total - compiling),
-        "sps_with_compile": every / total,
-        "sps_rollout": every / acting,
-        "sps_update": every / learning,
-        "versions": {name: version(name) for name in ("jax", "flax", "optax", "envpool", "gymnasium", "numpy")},
-        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores, {jax.process_count()} process(es)",
-    }
+def save(args: Args, manager: ocp.CheckpointManager, learner: LearnerState, progress: Progress) -> None:
+    """Writes a checkpoint and result.json. Stops with exit code 1 where that fails, the last good checkpoint kept."""
+    iteration, (compiling, acting, learning, total) = int(learner.iteration[0]), progress.seconds.tolist()
+    timesteps, seeds = iteration * args.num_envs * args.num_steps, list(range(args.seed, args.seed + args.num_seeds))
+    returns = [float(np.nanmean(x)) if np.isfinite(x).any() else None for x in progress.returns]
+    content = {"script": Path(__file__).name, "env_id": args.env_id, "args": asdict(args), "seeds": seeds}
+    content |= {"finished": iteration >= args.num_iterations, "timesteps": timesteps, "wall_time": total}
+    content |= {"episodes": progress.episodes.tolist(), "episodic_return": returns, "eval_return": None}
+    content |= {"compile_time": compiling, "sps": timesteps * len(seeds) / (total - compiling)}
+    content |= {"sps_rollout": timesteps * len(seeds) / acting, "sps_update": timesteps * len(seeds) / learning}
+    content |= {"sps_with_compile": timesteps * len(seeds) / total, "device": str(jax.devices()[0].device_kind)}
+    content |= {"versions": {name: version(name) for name in ("jax", "flax", "optax", "envpool", "gymnasium", "numpy")}}
+    try:
+        manager.save(iteration, args=ocp.args.StandardSave((learner, progress)))
+        manager.wait_until_finished()
+        write_json(args.folder / "result.json", content)
+    except (OSError, ValueError) as error:
+        fail(f"{args.folder} takes no checkpoint, the last good one stays: {first_line(error)}", code=1)
 
 
 def train(args: Args, mesh: Mesh) -> None:
     """Trains to the end, from the newest checkpoint if there is one; SIGINT and SIGTERM end it after the iteration."""
     clock, signals, chief = time.perf_counter, [], jax.process_index() == 0
-    began = clock()
+    began, batch_size = clock(), args.num_envs * args.num_steps
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: signals.append(number))
     if chief:
         open_folder(args)
-    env, runner, network, learner = make_run(args)
-    progress = Progress(np.full((args.num_seeds, 100), np.nan), np.zeros(args.num_seeds, np.int64), np.zeros(4))
-    manager, (learner, progress) = restore(args, (learner, progress))
-    first, batch_size = int(learner.iteration[0]), args.num_envs * args.num_steps
+    act, runner, network, learner, _ = make_run(args)
+    manager, (learner, progress) = restore(args, learner)
+    first = int(learner.iteration[0])
     if first >= args.num_iterations:
-        print(f"{args.folder} is finished, {first * batch_size} steps: raise --total-timesteps, or --clobber")
-        return
+        return print(f"{args.folder} is finished, {first * batch_size} steps: raise --total-timesteps, or --clobber")
     writers = open_writers(args, network, runner, first * batch_size) if chief else []
-    starting = clock()
-    act, (_, transition, _) = compile_rollout(env, runner, network, learner, args)
-    learn, put_learner, put_transition = compile_update(learner, transition, network, args, mesh)
-    seconds = [clock() - starting, 0, 0, clock() - began]
-    progress, learner = progress._replace(seconds=progress.seconds + seconds), put_learner(learner)
+    learn, put_learner, put_transition = make_update(network, args, mesh)
+    learner, compiled = put_learner(learner), clock()
+    progress = progress._replace(seconds=progress.seconds + [compiled - began, 0, 0, compiled - began])
     bar = tqdm(total=args.num_iterations * batch_size, initial=first * batch_size, unit="step", disable=not chief)
     for iteration in range(first, args.num_iterations):
-        times = [clock()]
-        policy = jax.device_get(learner._replace(opt_state=None))
-        runner, transition, episode = jax.block_until_ready(act(runner, policy))
-        times.append(clock())
-        learner, metrics = learn(learner, put_transition(transition), schedule_at(iteration, args))
-        metrics = jax.device_get(metrics)
-        times.append(clock())
+        began = clock()
+        runner, transition = jax.block_until_ready(act(runner, jax.device_get(learner._replace(opt_state=None))))
+        acted = clock()
+        learner, metrics = learn(learner, put_transition(transition))
+        metrics, learned = jax.device_get(metrics), clock()
         if bad := [name for name, value in metrics.items() if not np.isfinite(value).all()]:
             fail(f"iteration {iteration}: {bad[0]} is not finite; checkpoint {manager.latest_step()} stays", code=1)
-        done, step = iteration + 1, (iteration + 1) * batch_size
-        progress = add_episodes(progress, episode, [0, times[1] - times[0], times[2] - times[1], 0])
-        progress.seconds[3] += clock() - times[0]
+        done, compiling = iteration + 1, learned - acted if iteration == first else 0
         if chief and done % args.log_interval == 0:
-            metrics["charts/SPS"] = np.full(args.num_seeds, batch_size * args.num_seeds / (times[2] - times[0]))
-            log(writers, step, metrics, transition, episode, done % (10 * args.log_interval) == 0)
+            metrics["charts/SPS"] = np.full(args.num_seeds, args.num_seeds * batch_size / (learned - began))
+            log(writers, done * batch_size, metrics, transition, done % (10 * args.log_interval) == 0)
+        progress = advance(
+            progress, transition, [compiling, acted - began, learned - acted - compiling, clock() - began]
+        )
         bar.update(batch_size)
         bar.set_postfix({"return": f"{np.nanmean(progress.returns):.1f}"})
         if args.distributed:
-            signals = multihost_utils.process_allgather(np.array([*signals, 0])[:1]).ravel().nonzero()
-        if chief and (signals or done % args.checkpoint_interval == 0 or done == args.num_iterations):
-            state = (jax.device_get(learner), progress)
-            manager.save(done, args=ocp.args.StandardSave(state))
-            write_json(args.folder / "result.json", result(args, done, progress))
-        if signals:
+            signals = [int(multihost_utils.process_allgather(np.array([*signals, 0])[0]).max())]
+        stop = any(signals) or done == args.num_iterations
+        if chief and (stop or done % args.checkpoint_interval == 0):
+            save(args, manager, jax.device_get(learner), progress)
+        if any(signals):
             sys.exit(128 + signals[0])
 
 
 def evaluate(args: Args, mesh: Mesh) -> None:
-    """Runs the newest checkpoint's policies, the first episode of each of many environments, and says how they did."""
-    env, runner, network, learner = make_run(args)
-    progress = Progress(np.full((args.num_seeds, 100), np.nan), np.zeros(args.num_seeds, np.int64), np.zeros(4))
-    manager, (learner, _) = restore(args, (learner, progress))
+    """Runs the newest checkpoint's policies, one episode in each of many environments, and says how they did."""
+    act, runner, network, learner, env = make_run(args)
+    manager, (learner, _) = restore(args, learner)
     if manager.latest_step() is None:
         fail(f"--run-dir {args.folder} has no checkpoint to evaluate: train first")
-    act, _ = compile_rollout(env, runner, network, learner, args)
-    returns = np.full(args.num_seeds * args.num_envs, np.nan)
+    returns = np.full((args.num_seeds, args.num_envs), np.nan)
     while np.isnan(returns).any():
-        runner, _, episode = act(runner, learner._replace(opt_state=None))
-        finished, ends = np.asarray(episode.finished) > 0, np.asarray(episode.episodic_return)
-        new = np.isnan(returns) & finished.any(axis=0)
-        returns[new] = ends[finished.argmax(axis=0), np.arange(returns.size)][new]
-    rows = []
-    for seed, row in zip(range(args.seed, args.seed + args.num_seeds), returns.reshape(args.num_seeds, -1), strict=True):
-        rows.append({"mean": row.mean(), "std": row.std(), "episodes": row.size})
-        solved = "" if env.threshold is None else f", {'' if row.mean() >= env.threshold else 'not '}solved (threshold {env.threshold})"
-        print(f"seed {seed}: return {row.mean():.2f} +- {row.std():.2f} over {row.size} episodes{solved}")
+        runner, transition = act(runner, learner._replace(opt_state=None))
+        ended = np.asarray(transition.done * transition.mask) > 0  # [S, T, N]
+        ends = np.take_along_axis(np.asarray(transition.episode.episodic_return), ended.argmax(1)[:, None], axis=1)[
+            :, 0
+        ]
+        returns = np.where(np.isnan(returns) & ended.any(1), ends, returns)
+    rows = [{"mean": float(x.mean()), "std": float(x.std()), "episodes": len(x)} for x in returns]
+    for seed, row in enumerate(rows, args.seed):
+        solved = "" if env.threshold is None else f"; solved from {env.threshold:g}: {row['mean'] >= env.threshold}"
+        print(f"seed {seed}: return {row['mean']:.2f} +- {row['std']:.2f} over {row['episodes']} episodes{solved}")
     saved = json.loads((args.folder / "result.json").read_text())
     write_json(args.folder / "result.json", saved | {"eval_return": rows})
     if args.video:
@@ -905,31 +819,33 @@ def evaluate(args: Args, mesh: Mesh) -> None:
 
 
 def film(args: Args, env: Environment, network: nn.Module, learner: LearnerState) -> None:
-    """Films one deterministic episode as videos/<env-id>.mp4 and .gif; MuJoCo through Gymnasium's own environment."""
+    """Films one deterministic episode as videos/<env-id>.mp4 and .gif, MuJoCo through Gymnasium's own environment."""
     import imageio.v3 as iio
 
     os.environ.setdefault("MUJOCO_GL", "egl")
-    in_pool = args.env_id in envpool.list_all_envs() and "mujoco" not in envpool.registration.registry.specs[args.env_id][0]
-    make = partial(envpool.make, env_type="gymnasium") if in_pool else gymnasium.make_vec
-    policy = jax.jit(lambda obs: network.apply(learner.params, obs, method="policy").mean)
+    pooled = (
+        args.env_id in envpool.list_all_envs() and "mujoco" not in envpool.registration.registry.specs[args.env_id][0]
+    )
+    policy = jax.jit(partial(network.apply, learner.params, method="policy"))
     try:
-        vector = make(args.env_id, num_envs=1, render_mode="rgb_array")
-        obs, frames, done = vector.reset()[0], [], np.zeros(1, bool)
-        while not done[0] and len(frames) < 10_000:
+        make = partial(envpool.make, env_type="gymnasium") if pooled else gymnasium.make_vec
+        vector, frames, done = make(args.env_id, num_envs=1, render_mode="rgb_array"), [], [False]
+        obs, _ = vector.reset()
+        while not done[0]:
             frames.append(np.asarray(vector.render()[0]))
-            obs = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), obs)
-            action = policy(jax.tree.map(partial(normalize, bound=args.clip_obs), obs, learner.obs_stats))
-            obs, _, terminated, truncated, _ = vector.step(np.asarray(bounded(action, env.action_space, args.scale_actions)))
+            obs = jax.tree.map(lambda x, s: normalize(np.float32(x), s, args.clip_obs), obs, learner.obs_stats)
+            action = bounded(policy(obs).mean, env.action_space, args.scale_actions)
+            obs, _, terminated, truncated, _ = vector.step(np.asarray(action))
             done = terminated | truncated
-        vector.close()
-    except Exception as error:  # no OpenGL, no such environment in Gymnasium: whatever keeps a renderer from starting
-        print(f"--video: {args.env_id} cannot be filmed here ({str(error).splitlines()[0]}); see the README", file=sys.stderr)
-        return
-    name = args.folder / "videos" / args.env_id.replace("/", "_").replace(":", "_")
-    name.parent.mkdir(exist_ok=True)
-    iio.imwrite(f"{name}.mp4", np.stack(frames), fps=30)
-    iio.imwrite(f"{name}.gif", np.stack(frames)[:300:3, ::2, ::2], duration=100, loop=0)
-    print(f"filmed {len(frames)} steps: {name}.mp4, {name}.gif")
+    except Exception as error:  # no OpenGL, no such environment in Gymnasium: whatever keeps a renderer from working
+        return print(
+            f"--video: {args.env_id} cannot be filmed here, see the README: {first_line(error)}", file=sys.stderr
+        )
+    path = args.folder / "videos" / args.env_id.replace("/", "_").replace(":", "_")
+    path.parent.mkdir(exist_ok=True)
+    iio.imwrite(f"{path}.mp4", np.stack(frames), fps=30)
+    iio.imwrite(f"{path}.gif", np.stack(frames)[:300:3, ::2, ::2], duration=100, loop=0)
+    print(f"filmed {len(frames)} steps: {path}.mp4, {path}.gif")
 
 
 def main() -> None:
@@ -937,11 +853,12 @@ def main() -> None:
     if args.mode == "eval":
         if not (args.folder / "args.json").exists():
             fail(f"--run-dir {args.folder} holds no run: train first, or name its folder")
-        asked, args = args, Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads((args.folder / "args.json").read_text()).items()})
-        args = replace(args, mode="eval", video=asked.video, eval_episodes=asked.eval_episodes, run_dir=str(asked.folder), num_envs=asked.eval_episodes, num_steps=100, platform=asked.platform, distributed=False)
+        saved = json.loads((args.folder / "args.json").read_text())
+        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()} | {"distributed": False}
+        asked = {k: getattr(args, k) for k in ("mode", "video", "platform", "eval_episodes")}
+        args = Args(**saved | asked | {"run_dir": str(args.folder), "num_envs": args.eval_episodes, "num_steps": 100})
     mesh = configure(args)
-    if args.mode == "train":
-        validate(args)
+    validate(args)
     {"train": train, "eval": evaluate}[args.mode](args, mesh)
 
 
