@@ -1,8 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "jax>=0.10", "flax>=0.12", "optax>=0.2.6", "orbax-checkpoint>=0.11.30", "envpool>=1.2", "gymnasium[box2d,mujoco]>=1.2",
-#     "tyro>=0.9", "tensorboard>=2.19", "tensorboardX>=2.6.4", "tqdm>=4.66", "imageio[ffmpeg]>=2.37",
+#     "jax>=0.10", "flax>=0.12", "optax>=0.2.6", "orbax-checkpoint>=0.11.30", "tyro>=0.9", "tqdm>=4.66", "envpool>=1.2",
+#     "gymnasium[box2d,mujoco]>=1.2", "tensorboard>=2.19", "tensorboardX>=2.6.4", "imageio[ffmpeg]>=2.37",
 # ]
 # ///
 """PPO for continuous (Box) actions. One file: run it, copy it, change it.
@@ -12,13 +12,13 @@
     python ppo_continuous.py --env-id HalfCheetah-v4 --seed 1 --mode eval --video
 
 PPO: arXiv 1707.06347; GAE: 1506.02438; code-level optimisations: 2005.12729; KL penalty at scale: 1707.02286.
-Shapes: S seeds, T steps, N environments per seed, K observation copies, E epochs, M minibatches of B, U action size,
-P processes; axis order is always [S, T, N, K, ...]. State to Update see one seed, `jax.vmap` adds S.
+Axes are always [S, T, N, K, ...]: S seeds, T steps, N environments per seed, K observation copies; E epochs of M
+minibatches of B, U action size, P processes. State to Update see one seed, `jax.vmap` adds S.
 
 Differs from the papers and from CleanRL's ppo_continuous_action.py:
 1. Time limits are not ends: a truncated step bootstraps from the value of its true last observation.
 2. The step on which an environment resets itself, ignoring its action, has mask 0 and trains nothing.
-3. Running statistics rest during a rollout and then take in the whole of it: the policy trained is the one that acted.
+3. Running statistics rest during a rollout, then take in the whole of it: the policy trained is the one that acted.
 4. Old values and log-probabilities are computed in one batch after the rollout, by the network that acted.
 5. Actions in [-1, 1] are mapped to the environment's bounds (--no-scale-actions only clips, as CleanRL does).
 """
@@ -31,7 +31,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -119,33 +119,30 @@ class Args:
 
 
 def fail(message: str, code: int = 2) -> None:
-    """Ends the program with one line on stderr. Raises: SystemExit."""
-    print(f"{Path(__file__).name}: {message}", file=sys.stderr)
-    sys.exit(code)
+    """Ends the program with one line on stderr; code 0 only prints it. Raises: SystemExit."""
+    print(f"{Path(__file__).name}: {message.splitlines()[0]}", file=sys.stderr)
+    if code:
+        sys.exit(code)
 
 
 def validate(args: Args) -> None:
     """Stops with exit code 2 at the first setting that cannot work, naming its flag and the remedy."""
-    names = "num_seeds num_envs num_steps num_minibatches update_epochs checkpoint_interval log_interval eval_episodes"
-    for (
-        name
-    ) in f"{names} clip_obs clip_reward clip_coef max_grad_norm learning_rate desired_kl kl_coef target_kl".split():
-        if (value := getattr(args, name)) is not None and not value > 0:
-            fail(f"--{name.replace('_', '-')} is {value}: give a number above 0")
-    steps, processes = args.num_envs * args.num_steps, jax.process_count()
-    if not (0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1):
-        fail(f"--gamma {args.gamma} and --gae-lambda {args.gae_lambda} must be from 0 to 1")
-    if steps % (args.num_minibatches * processes) or args.num_envs % processes:
-        what = f"--num-minibatches {args.num_minibatches} x {processes} process(es)"
-        fail(
-            f"--num-envs {args.num_envs} x --num-steps {args.num_steps} does not divide into {what}: change one of them"
-        )
-    if args.num_iterations < 1:
-        fail(f"--total-timesteps {args.total_timesteps} is less than one rollout of {steps}: raise it")
-    if args.adaptive_lr and args.anneal_lr:
-        fail("--adaptive-lr contradicts --anneal-lr: add --no-anneal-lr")
-    if not 0 <= args.seed <= 2**31 - args.num_seeds:
-        fail(f"--seed {args.seed} is out of range: give 0 to {2**31 - args.num_seeds}")
+    N, T, M, P, last = args.num_envs, args.num_steps, args.num_minibatches, jax.process_count(), 2**31 - args.num_seeds
+    for name in [k for k, v in asdict(args).items() if type(v) in (int, float) and not v > 0]:
+        if name not in ("seed", "gamma", "gae_lambda", "ent_coef", "vf_coef", "log_std_init"):
+            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}: give a number above 0")
+    checks = {
+        f"--num-envs {N} does not divide among {P} processes: give a multiple of that": N % P == 0,
+        f"--num-minibatches {M} x {P} processes does not divide --num-envs {N} x --num-steps {T}": N * T % (M * P) == 0,
+        f"--total-timesteps {args.total_timesteps} is less than one rollout of {N * T}: raise it": args.num_iterations
+        > 0,
+        f"--gamma {args.gamma} is not a discount factor: give 0 to 1": 0 <= args.gamma <= 1,
+        f"--gae-lambda {args.gae_lambda} is not a mixing weight: give 0 to 1": 0 <= args.gae_lambda <= 1,
+        f"--seed {args.seed} is out of range: give 0 to {last}": 0 <= args.seed <= last,
+        "--adaptive-lr contradicts --anneal-lr: add --no-anneal-lr": not (args.adaptive_lr and args.anneal_lr),
+    }
+    for message in [message for message, fine in checks.items() if not fine]:
+        fail(message)
 
 
 # --- State ---
@@ -164,7 +161,9 @@ class Transition(NamedTuple):  # one step; a rollout stacks T of them: [T, N, ..
     terminated: Array  # 1: no value beyond this step
     done: Array  # 1: terminated or truncated
     mask: Array  # 0: the environment reset itself on this step, which is not experience
-    episode: "Episode"  # so far
+    episodic_return: Array  # real and unclipped, so far: the whole episode's where done and mask are 1
+    episodic_length: Array
+    discounted_return: Array  # of raw rewards, so far: what scales rewards
 
 
 class Batch(NamedTuple):  # what the loss sees, [T*N*K, ...]; a minibatch is [B, ...]
@@ -294,9 +293,8 @@ def normalize(x: Array, stats: RunningStats, bound: float) -> Array:
 def compute_gae(transition: Transition, value: Array, gamma: float, gae_lambda: float) -> tuple[Array, Array]:
     """Returns advantages and value targets, both [T, N]; where mask is 0, numbers that nothing may read.
 
-    delta_t = r_t + gamma * V(s_{t+1}) * (1 - terminated_t) - V(s_t), A_t = delta_t + gamma * gae_lambda * (1 - done_t) *
-    A_{t+1}: a truncated step bootstraps, a terminated one does not, both end the sum. value is [T + 1, N], V(s_0) to
-    V(s_T), each of the true observation. Source: Schulman et al. 2015, arXiv 1506.02438, eq. 16.
+    value is [T + 1, N], V(s_0) to V(s_T), each of the true observation. A truncated step bootstraps, a terminated one
+    does not, both end the sum. Source: Schulman et al. 2015, arXiv 1506.02438, eq. 16.
     """
 
     def step(next_advantage: Array, t: tuple) -> tuple[Array, Array]:
@@ -401,10 +399,9 @@ def update(learner: LearnerState, transition: Transition, network: nn.Module, ar
         acted_on = jax.tree.map(lambda x: x[:-1, :, 0], transition.obs)
         obs_stats = jax.tree.map(partial(update_stats, mask=transition.mask), acted_on, obs_stats)
     if args.norm_reward:
-        return_stats = update_stats(transition.episode.discounted_return, return_stats, transition.mask)
+        return_stats = update_stats(transition.discounted_return, return_stats, transition.mask)
     scale = return_stats._replace(mean=jnp.zeros_like(return_stats.mean))
     transition = transition._replace(reward=normalize(transition.reward, scale, args.clip_reward))
-
     flat_obs = jax.tree.map(lambda x: x[:-1].reshape(-1, *x.shape[3:]), obs)  # [T*N*K, ...]
     policy = network.apply(learner.params, flat_obs, method="policy")
     advantage, target, value = advantages(learner.params, obs, transition, network, args)
@@ -414,7 +411,7 @@ def update(learner: LearnerState, transition: Transition, network: nn.Module, ar
     left = 1 - learner.iteration / args.num_iterations
     rate, clip = (left if args.anneal_lr else 1), (left if args.anneal_clip else 1)
     schedule = given._replace(learning_rate=given.learning_rate * rate, clip_coef=given.clip_coef * clip)
-    keys = jax.random.split(iteration_keys(learner)[1], args.update_epochs)
+    keys = jax.random.split(jax.random.fold_in(learner.key, 2 * learner.iteration + 1), args.update_epochs)
     step = partial(epoch_step, data=(batch, obs, transition), network=network, args=args)
     (learner, _), metrics = jax.lax.scan(step, (learner._replace(schedule=schedule), jnp.array(False)), keys)
     epochs = metrics.pop("epochs")  # [E], 0 after an early stop
@@ -454,15 +451,15 @@ def make_env(env_id: str, env_seeds: list[int]) -> Environment:
     """Returns one environment per seed. Stops with exit code 2 if the id is unknown or its actions are not a Box."""
     known = [*envpool.list_all_envs(), *gymnasium.registry]
     if env_id not in known and ":" not in env_id:
-        near = ", ".join(difflib.get_close_matches(env_id, known, n=3)) or "none"
+        near = ", ".join(difflib.get_close_matches(env_id, known)) or "none"
         fail(f"--env-id {env_id} is unknown to EnvPool and Gymnasium; nearest: {near}")
     try:
         env = (make_envpool if env_id in envpool.list_all_envs() else make_gymnasium)(env_id, env_seeds)
     except (ImportError, gymnasium.error.Error) as error:
-        fail(f"--env-id {env_id} cannot be made, install or import what it needs: {first_line(error)}")
+        fail(f"--env-id {env_id} cannot be made, install or import what it needs: {error}")
     if not isinstance(env.action_space, gymnasium.spaces.Box):
-        other = "ppo_atari.py for Atari games, else ppo_icm_lstm.py"
-        fail(f"--env-id {env_id} has {type(env.action_space).__name__} actions, this script needs Box: use {other}")
+        kind, other = type(env.action_space).__name__, "ppo_atari.py for Atari games, else ppo_icm_lstm.py"
+        fail(f"--env-id {env_id} has {kind} actions, this script needs Box: use {other}")
     return env
 
 
@@ -527,21 +524,10 @@ def bounded(action: Array, space: Any, scale: bool) -> Array:
 # --- Rollout ---
 
 
-class Episode(NamedTuple):  # sums since it began, [S*N]; unclipped, and the whole episode's where done and mask are 1
-    episodic_return: Array
-    episodic_length: Array
-    discounted_return: Array  # what scales rewards
-
-
 class RunnerState(NamedTuple):  # the carry of the rollout
     env_state: Any
     time_step: TimeStep
-    episode: Episode
-
-
-def iteration_keys(learner: LearnerState) -> Array:
-    """Returns the two keys of this iteration, for actions and for shuffles."""
-    return jax.random.split(jax.random.fold_in(learner.key, learner.iteration))
+    episode: tuple[Array, Array, Array]  # Transition's episodic return, episodic length and discounted return so far
 
 
 def env_step(
@@ -555,22 +541,19 @@ def env_step(
     action = sample_action(policy, noise).reshape(-1, noise.shape[-1])
     env_state, new = env.step(runner.env_state, bounded(action, env.action_space, args.scale_actions))
     mask = 1 - (last.terminated | last.truncated).astype(jnp.float32)
-    done = (new.terminated | new.truncated).astype(jnp.float32)
-    episodic_return, episodic_length, discounted_return = runner.episode
-    sums = episodic_return + new.reward, episodic_length + 1, args.gamma * discounted_return + new.reward
-    episode = Episode(*(x * mask for x in sums))
-    terminated = new.terminated.astype(jnp.float32)
-    return RunnerState(env_state, new, episode), Transition(
-        last.obs, action, new.reward, terminated, done, mask, episode
-    )
+    done, terminated = (x.astype(jnp.float32) for x in (new.terminated | new.truncated, new.terminated))
+    (total, length, discounted), reward = runner.episode, new.reward
+    episode = (total + reward) * mask, (length + 1) * mask, (args.gamma * discounted + reward) * mask
+    return RunnerState(env_state, new, episode), Transition(last.obs, action, reward, terminated, done, mask, *episode)
 
 
 def rollout(
     runner: RunnerState, learner: LearnerState, env: Environment, network: nn.Module, args: Args
 ) -> tuple[RunnerState, Transition]:
-    """Returns the runner after T steps of S*N environments, and the transitions [S, T, N, ...] (obs: see Transition)."""
+    """Returns the runner after T steps of S*N environments, and the transitions [S, T, N, ...]."""
     local, shape = args.num_envs // jax.process_count(), (args.num_steps, args.num_envs, network.action_size)
-    noise = jax.vmap(lambda one: jax.random.normal(iteration_keys(one)[0], shape, jnp.float32), out_axes=1)(learner)
+    keys = jax.vmap(jax.random.fold_in)(learner.key, 2 * learner.iteration)  # 2 * iteration + 1: shuffles
+    noise = jax.vmap(partial(jax.random.normal, shape=shape, dtype=jnp.float32), out_axes=1)(keys)
     noise = noise[:, :, jax.process_index() * local :][
         :, :, :local
     ]  # [T, S, N, U], so that P processes act as one does
@@ -591,15 +574,10 @@ class Progress(NamedTuple):  # NumPy; a checkpoint holds it beside the learner
     seconds: np.ndarray  # [4]: compilation, rollouts, updates, everything
 
 
-def first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
 def configure(args: Args) -> Mesh:
     """Sets JAX up and returns the updates' devices, [P, seeds]; a CPU's cores are as many devices."""
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", Path.home() / ".cache" / "ppo_jax")
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "ppo_jax"))
     if args.platform != "auto":
         jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda,cpu"}[args.platform])
     try:
@@ -610,7 +588,7 @@ def configure(args: Args) -> Mesh:
         devices = np.array(jax.devices()).reshape(jax.process_count(), -1)
     except (RuntimeError, ValueError) as error:
         flag = "--distributed, start with mpirun or srun" if args.distributed else f"--platform {args.platform}"
-        fail(f"{flag}: {first_line(error)}")
+        fail(f"{flag}: {error}")
     fit = 1 if args.distributed else max(d for d in range(1, devices.size + 1) if args.num_seeds % d == 0)
     return Mesh(devices[:, :fit], ("process", "seed"))
 
@@ -624,7 +602,7 @@ def write_json(path: Path, content: dict) -> None:
 def open_folder(args: Args) -> None:
     """Makes the run folder; stops with exit code 2 where it holds a run with other settings."""
     free = (
-        "total_timesteps run_dir clobber checkpoint_interval log_interval mode eval_episodes video platform distributed"
+        "run_dir total_timesteps clobber checkpoint_interval log_interval mode eval_episodes video platform distributed"
     )
     if args.clobber:
         shutil.rmtree(args.folder, ignore_errors=True)
@@ -649,14 +627,14 @@ def restore(args: Args, learner: LearnerState) -> tuple[ocp.CheckpointManager, t
         try:
             return manager, manager.restore(step, args=ocp.args.StandardRestore(state))
         except Exception as error:  # whatever a damaged file makes of itself
-            print(f"checkpoint {step} is damaged, trying the one before: {first_line(error)}", file=sys.stderr)
+            fail(f"checkpoint {step} is damaged, trying the one before: {error}", code=0)
     if manager.all_steps():
         fail(f"--run-dir {args.folder} has no readable checkpoint: restore a backup, or start afresh with --clobber")
     return manager, state
 
 
 def make_run(args: Args) -> tuple[Callable, RunnerState, nn.Module, LearnerState, Environment]:
-    """Returns the compiled rollout, the runner, the network, new learners [S, ...] on the host, and the environments."""
+    """Returns the compiled rollout, the runner, the network, new learners [S, ...] on the host, the environments."""
     seeds, local = range(args.seed, args.seed + args.num_seeds), args.num_envs // jax.process_count()
     env_seeds = np.stack([np.random.SeedSequence(seed).generate_state(args.num_envs) >> 1 for seed in seeds])
     env_seeds = env_seeds[:, jax.process_index() * local :][:, :local].ravel().tolist()
@@ -664,7 +642,7 @@ def make_run(args: Args) -> tuple[Callable, RunnerState, nn.Module, LearnerState
     with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
         env = make_env(args.env_id, env_seeds)
         env_state, time_step = env.reset()
-        runner = RunnerState(env_state, time_step, Episode(*[jnp.zeros(len(env_seeds), jnp.float32)] * 3))
+        runner = RunnerState(env_state, time_step, (jnp.zeros(len(env_seeds), jnp.float32),) * 3)
         network = ActorCritic(int(np.prod(env.action_space.shape)), args)
         obs = jax.tree.map(lambda x: np.asarray(x[0, 0]), time_step.obs)
         init = jax.jit(partial(init_learner, obs=obs, network=network, args=args))
@@ -680,10 +658,8 @@ def init_learner(seed: Array, obs: Any, network: nn.Module, args: Args) -> Learn
     params = network.init(key, jax.tree.map(lambda x: x[None], obs))
     identity = lambda x: RunningStats(jnp.zeros_like(x), jnp.ones_like(x), jnp.float32(1e-4))  # noqa: E731
     schedule = Schedule(*map(jnp.float32, (args.learning_rate, args.clip_coef, args.ent_coef, args.kl_coef)))
-    stats = jax.tree.map(identity, obs), identity(jnp.float32(0))
-    return LearnerState(
-        params, make_optimizer(args).init(params), *stats, schedule, jax.random.fold_in(key, 1), jnp.int32(0)
-    )
+    state = params, make_optimizer(args).init(params), jax.tree.map(identity, obs), identity(jnp.float32(0))
+    return LearnerState(*state, schedule, key=jax.random.fold_in(key, 1), iteration=jnp.int32(0))
 
 
 def make_update(network: nn.Module, args: Args, mesh: Mesh) -> tuple[Callable, Callable, Callable]:
@@ -700,32 +676,37 @@ def open_writers(args: Args, network: nn.Module, runner: RunnerState, step: int)
     """Returns one event file per seed, in the run folder or its sub-folders, that begins with settings and networks."""
     names = [f"seed{args.seed + s}" if args.num_seeds > 1 else "" for s in range(args.num_seeds)]
     writers = [SummaryWriter(str(args.folder / name), purge_step=step) for name in names]
-    table = "\n".join(["|setting|value|", "|-|-|", *(f"|{k}|{v}|" for k, v in asdict(args).items())])
     obs = jax.tree.map(lambda x: np.asarray(x[:1, 0]), runner.time_step.obs)
     layers = network.tabulate(jax.random.PRNGKey(0), obs, console_kwargs={"width": 120, "force_terminal": False})
+    settings = ["|setting|value|", "|-|-|", *(f"|{k}|{v}|" for k, v in asdict(args).items())]
     for writer in writers:
-        writer.add_text("hyperparameters", table, step)
+        writer.add_text("hyperparameters", "\n".join(settings), step)
         writer.add_text("networks", f"```\n{layers}\n```", step)
     return writers
 
 
 def log(writers: list, step: int, metrics: dict, transition: Transition, histograms: bool) -> None:
-    """Writes an iteration's metrics [S], and the means over the episodes that ended in it, to each seed's event file."""
+    """Writes an iteration's metrics [S], and the means over the episodes that ended in it, to event files."""
     for s, writer in enumerate(writers):
         one = jax.tree.map(lambda x, s=s: np.asarray(x[s]), transition)
         ended = (one.done * one.mask) > 0
-        episode = {f"charts/{k}": v[ended].mean() for k, v in one.episode._asdict().items() if ended.any()}
-        for name, value in ({k: v[s] for k, v in metrics.items()} | episode).items():
+        episodes = (
+            {"episodic_return": one.episodic_return, "episodic_length": one.episodic_length} if ended.any() else {}
+        )
+        scalars = {k: v[s] for k, v in metrics.items()} | {f"charts/{k}": v[ended].mean() for k, v in episodes.items()}
+        for name, value in scalars.items():
             writer.add_scalar(name, value, step)
-        for path, leaf in jax.tree_util.tree_leaves_with_path((one.obs, one.action, one.reward)) if histograms else ():
-            name = "rollout/" + ("obs", "action", "reward")[path[0].idx] + jax.tree_util.keystr(path[1:])
-            writer.add_histogram(name, leaf.ravel(), step)
+        rollout = {"obs": one.obs, "action": one.action, "reward": one.reward} if histograms else {}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(rollout):
+            writer.add_histogram(
+                "rollout/" + jax.tree_util.keystr(path, simple=True, separator="/"), leaf.ravel(), step
+            )
 
 
 def advance(progress: Progress, transition: Transition, seconds: list[float]) -> Progress:
     """Returns the progress after one more rollout and update, with the episodes that ended and the seconds it took."""
     ended = np.asarray(transition.done * transition.mask) > 0  # [S, T, N]
-    new = [x[e] for x, e in zip(np.asarray(transition.episode.episodic_return), ended, strict=True)]
+    new = [x[e] for x, e in zip(np.asarray(transition.episodic_return), ended, strict=True)]
     returns = [np.append(old, x)[-100:] for old, x in zip(progress.returns, new, strict=True)]
     return Progress(np.stack(returns), progress.episodes + [len(x) for x in new], progress.seconds + seconds)
 
@@ -734,20 +715,22 @@ def save(args: Args, manager: ocp.CheckpointManager, learner: LearnerState, prog
     """Writes a checkpoint and result.json. Stops with exit code 1 where that fails, the last good checkpoint kept."""
     iteration, (compiling, acting, learning, total) = int(learner.iteration[0]), progress.seconds.tolist()
     timesteps, seeds = iteration * args.num_envs * args.num_steps, list(range(args.seed, args.seed + args.num_seeds))
+    spent = {"sps": total - compiling, "sps_with_compile": total, "sps_rollout": acting, "sps_update": learning}
     returns = [float(np.nanmean(x)) if np.isfinite(x).any() else None for x in progress.returns]
     content = {"script": Path(__file__).name, "env_id": args.env_id, "args": asdict(args), "seeds": seeds}
     content |= {"finished": iteration >= args.num_iterations, "timesteps": timesteps, "wall_time": total}
     content |= {"episodes": progress.episodes.tolist(), "episodic_return": returns, "eval_return": None}
-    content |= {"compile_time": compiling, "sps": timesteps * len(seeds) / (total - compiling)}
-    content |= {"sps_rollout": timesteps * len(seeds) / acting, "sps_update": timesteps * len(seeds) / learning}
-    content |= {"sps_with_compile": timesteps * len(seeds) / total, "device": str(jax.devices()[0].device_kind)}
+    content |= {"compile_time": compiling} | {name: timesteps * len(seeds) / x for name, x in spent.items()}
     content |= {"versions": {name: version(name) for name in ("jax", "flax", "optax", "envpool", "gymnasium", "numpy")}}
+    content |= {
+        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores, {jax.process_count()} process(es)"
+    }
     try:
         manager.save(iteration, args=ocp.args.StandardSave((learner, progress)))
         manager.wait_until_finished()
         write_json(args.folder / "result.json", content)
     except (OSError, ValueError) as error:
-        fail(f"{args.folder} takes no checkpoint, the last good one stays: {first_line(error)}", code=1)
+        fail(f"--run-dir {args.folder} takes no checkpoint, the last good one stays; make room: {error}", code=1)
 
 
 def train(args: Args, mesh: Mesh) -> None:
@@ -766,7 +749,7 @@ def train(args: Args, mesh: Mesh) -> None:
     writers = open_writers(args, network, runner, first * batch_size) if chief else []
     learn, put_learner, put_transition = make_update(network, args, mesh)
     learner, compiled = put_learner(learner), clock()
-    progress = progress._replace(seconds=progress.seconds + [compiled - began, 0, 0, compiled - began])
+    progress = progress._replace(seconds=progress.seconds + np.array([compiled - began, 0, 0, compiled - began]))
     bar = tqdm(total=args.num_iterations * batch_size, initial=first * batch_size, unit="step", disable=not chief)
     for iteration in range(first, args.num_iterations):
         began = clock()
@@ -794,8 +777,13 @@ def train(args: Args, mesh: Mesh) -> None:
             sys.exit(128 + signals[0])
 
 
-def evaluate(args: Args, mesh: Mesh) -> None:
+def evaluate(asked: Args) -> None:
     """Runs the newest checkpoint's policies, one episode in each of many environments, and says how they did."""
+    if not (asked.folder / "args.json").exists():
+        fail(f"--run-dir {asked.folder} holds no run: train first, or name its folder")
+    saved = json.loads((asked.folder / "args.json").read_text()) | {"num_envs": asked.eval_episodes, "num_steps": 100}
+    args = Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()} | {"mode": "eval"})
+    args = replace(args, run_dir=str(asked.folder), video=asked.video)
     act, runner, network, learner, env = make_run(args)
     manager, (learner, _) = restore(args, learner)
     if manager.latest_step() is None:
@@ -804,9 +792,7 @@ def evaluate(args: Args, mesh: Mesh) -> None:
     while np.isnan(returns).any():
         runner, transition = act(runner, learner._replace(opt_state=None))
         ended = np.asarray(transition.done * transition.mask) > 0  # [S, T, N]
-        ends = np.take_along_axis(np.asarray(transition.episode.episodic_return), ended.argmax(1)[:, None], axis=1)[
-            :, 0
-        ]
+        ends = np.take_along_axis(np.asarray(transition.episodic_return), ended.argmax(1)[:, None], axis=1)[:, 0]
         returns = np.where(np.isnan(returns) & ended.any(1), ends, returns)
     rows = [{"mean": float(x.mean()), "std": float(x.std()), "episodes": len(x)} for x in returns]
     for seed, row in enumerate(rows, args.seed):
@@ -823,24 +809,20 @@ def film(args: Args, env: Environment, network: nn.Module, learner: LearnerState
     import imageio.v3 as iio
 
     os.environ.setdefault("MUJOCO_GL", "egl")
-    pooled = (
-        args.env_id in envpool.list_all_envs() and "mujoco" not in envpool.registration.registry.specs[args.env_id][0]
-    )
-    policy = jax.jit(partial(network.apply, learner.params, method="policy"))
+    specs, apply = envpool.registration.registry.specs, jax.jit(partial(network.apply, method="policy"))
+    own = args.env_id in specs and "mujoco" not in specs[args.env_id][0]
     try:
-        make = partial(envpool.make, env_type="gymnasium") if pooled else gymnasium.make_vec
+        make = partial(envpool.make, env_type="gymnasium") if own else gymnasium.make_vec
         vector, frames, done = make(args.env_id, num_envs=1, render_mode="rgb_array"), [], [False]
         obs, _ = vector.reset()
         while not done[0]:
             frames.append(np.asarray(vector.render()[0]))
             obs = jax.tree.map(lambda x, s: normalize(np.float32(x), s, args.clip_obs), obs, learner.obs_stats)
-            action = bounded(policy(obs).mean, env.action_space, args.scale_actions)
+            action = bounded(apply(learner.params, obs).mean, env.action_space, args.scale_actions)
             obs, _, terminated, truncated, _ = vector.step(np.asarray(action))
             done = terminated | truncated
     except Exception as error:  # no OpenGL, no such environment in Gymnasium: whatever keeps a renderer from working
-        return print(
-            f"--video: {args.env_id} cannot be filmed here, see the README: {first_line(error)}", file=sys.stderr
-        )
+        return fail(f"--video: {args.env_id} cannot be filmed here, see the README: {error}", code=0)
     path = args.folder / "videos" / args.env_id.replace("/", "_").replace(":", "_")
     path.parent.mkdir(exist_ok=True)
     iio.imwrite(f"{path}.mp4", np.stack(frames), fps=30)
@@ -850,16 +832,12 @@ def film(args: Args, env: Environment, network: nn.Module, learner: LearnerState
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    if args.mode == "eval":
-        if not (args.folder / "args.json").exists():
-            fail(f"--run-dir {args.folder} holds no run: train first, or name its folder")
-        saved = json.loads((args.folder / "args.json").read_text())
-        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()} | {"distributed": False}
-        asked = {k: getattr(args, k) for k in ("mode", "video", "platform", "eval_episodes")}
-        args = Args(**saved | asked | {"run_dir": str(args.folder), "num_envs": args.eval_episodes, "num_steps": 100})
     mesh = configure(args)
     validate(args)
-    {"train": train, "eval": evaluate}[args.mode](args, mesh)
+    if args.mode == "train":
+        train(args, mesh)
+    else:
+        evaluate(args)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,208 @@
+"""PPO's mathematics again, from the papers, in float64 NumPy: plain loops and ifs, nothing shared with the scripts."""
+
+import math
+
+import numpy as np
+
+
+def gae(reward, terminated, done, value, gamma, gae_lambda):
+    """Returns advantages [T, N], by the definition: a sum of discounted errors up to the episode's end (1506.02438).
+
+    value is [T + 1, N]: value[t + 1] is that of the true observation after step t.
+    """
+    T, N = reward.shape
+    advantage = np.zeros((T, N))
+    for n in range(N):
+        for t in range(T):
+            weight = 1.0
+            for k in range(t, T):
+                future = 0.0 if terminated[k, n] else value[k + 1, n]
+                advantage[t, n] += weight * (reward[k, n] + gamma * future - value[k, n])
+                if done[k, n]:
+                    break
+                weight *= gamma * gae_lambda
+    return advantage
+
+
+def log_prob(mean, log_std, action):
+    """Returns the log density of one action [U] under a diagonal Gaussian."""
+    total = 0.0
+    for m, s, a in zip(mean, np.exp(log_std), action, strict=True):
+        total += math.log(math.exp(-((a - m) ** 2) / (2 * s * s)) / (s * math.sqrt(2 * math.pi)))
+    return total
+
+
+def expectation(mean, log_std, function):
+    """Returns E[function(x)], x ~ N(mean, exp(log_std)^2) in one dimension, by the trapezoid rule."""
+    std = math.exp(log_std)
+    x = np.linspace(mean - 12 * std, mean + 12 * std, 20001)
+    density = np.exp(-0.5 * ((x - mean) / std) ** 2) / (std * math.sqrt(2 * math.pi))
+    return np.trapezoid(density * function(x), x)
+
+
+def entropy(log_std):
+    return sum(s + 0.5 * math.log(2 * math.pi * math.e) for s in log_std)
+
+
+def kl(old_mean, old_log_std, new_mean, new_log_std):
+    """Returns KL(old || new) of two diagonal Gaussians [U]."""
+    total = 0.0
+    for m0, s0, m1, s1 in zip(old_mean, np.exp(old_log_std), new_mean, np.exp(new_log_std), strict=True):
+        total += math.log(s1 / s0) + (s0**2 + (m0 - m1) ** 2) / (2 * s1**2) - 0.5
+    return total
+
+
+def mlp(layers, x):
+    """Returns the output and all activations of a tanh network; layers is a list of (kernel [in, out], bias [out])."""
+    activations = [x]
+    for i, (kernel, bias) in enumerate(layers):
+        x = x @ kernel + bias
+        if i < len(layers) - 1:
+            x = np.tanh(x)
+        activations.append(x)
+    return x, activations
+
+
+def mlp_gradient(layers, activations, gradient):
+    """Returns d loss / d (kernel, bias) of each layer, from d loss / d output [B, out]."""
+    grads = []
+    for i in reversed(range(len(layers))):
+        if i < len(layers) - 1:
+            gradient = gradient * (1 - activations[i + 1] ** 2)
+        grads.append((activations[i].T @ gradient, gradient.sum(axis=0)))
+        gradient = gradient @ layers[i][0].T
+    return grads[::-1]
+
+
+def normalized_advantage(advantage, mask):
+    """Returns the advantages, of mean 0 and standard deviation 1 over experience."""
+    real = advantage[mask > 0]
+    return (advantage - real.mean()) / (real.std() + 1e-8)
+
+
+def loss(policy, value, batch, s):
+    """Returns the loss and metrics of a minibatch, and the gradient of the loss in mean [B, U], log_std [U], value [B].
+
+    policy: (mean [B, U], log_std [U]) now; batch: a dict of arrays; s: a dict of settings. One sample after another.
+    """
+    (mean, log_std), B = policy, len(value)
+    real = int(batch["mask"].sum())
+    out = dict.fromkeys(("policy_loss", "value_loss", "entropy", "approx_kl", "kl", "clipfrac"), 0.0)
+    d_mean, d_log_std, d_value = np.zeros_like(mean), np.zeros_like(log_std), np.zeros(B)
+    for i in range(B):
+        if not batch["mask"][i]:
+            continue
+        a, adv = batch["action"][i], batch["advantage"][i]
+        old_mean, old_log_std = batch["old_mean"][i], batch["old_log_std"][i]
+        log_ratio = log_prob(mean[i], log_std, a) - batch["log_prob"][i]
+        ratio, var = math.exp(log_ratio), np.exp(2 * log_std)
+        d_log_mean, d_log_log_std = (a - mean[i]) / var, (a - mean[i]) ** 2 / var - 1
+        one_kl = kl(old_mean, old_log_std, mean[i], log_std)
+        low, high = 1 - s["clip_coef"], 1 + s["clip_coef"]
+        if s["objective"] == "clip":
+            surrogate = min(ratio * adv, min(max(ratio, low), high) * adv)  # to be maximised
+            active = ratio * adv <= min(max(ratio, low), high) * adv
+            policy_loss, d_log = -surrogate, -ratio * adv if active else 0.0
+        else:
+            policy_loss, d_log = -ratio * adv + s["kl_coef"] * one_kl, -ratio * adv
+            d_mean[i] += s["kl_coef"] * (mean[i] - old_mean) / var / real
+            d_log_std += s["kl_coef"] * (1 - (np.exp(2 * old_log_std) + (old_mean - mean[i]) ** 2) / var) / real
+        d_mean[i] += d_log * d_log_mean / real
+        d_log_std += d_log * d_log_log_std / real - s["ent_coef"] / real
+        error, old = value[i] - batch["target"][i], batch["value"][i]
+        value_loss, d = 0.5 * error**2, error
+        if s["clip_vloss"]:
+            clipped = old + min(max(value[i] - old, -s["clip_coef"]), s["clip_coef"])
+            if (clipped - batch["target"][i]) ** 2 > error**2:
+                value_loss, d = 0.5 * (clipped - batch["target"][i]) ** 2, 0.0
+        d_value[i] = s["vf_coef"] * d / real
+        out["policy_loss"] += policy_loss / real
+        out["value_loss"] += value_loss / real
+        out["entropy"] += entropy(log_std) / real
+        out["approx_kl"] += (ratio - 1 - log_ratio) / real
+        out["kl"] += one_kl / real
+        out["clipfrac"] += (abs(ratio - 1) > s["clip_coef"]) / real
+    total = out["policy_loss"] + s["vf_coef"] * out["value_loss"] - s["ent_coef"] * out["entropy"]
+    return total, out, (d_mean, d_log_std, d_value)
+
+
+class Adam:
+    """Kingma and Ba 2014, algorithm 1, over a list of arrays, behind a bound on the global gradient norm."""
+
+    def __init__(self, params, max_norm, eps=1e-5):
+        self.m, self.v, self.t = [0 * p for p in params], [0 * p for p in params], 0
+        self.max_norm, self.eps = max_norm, eps
+
+    def step(self, params, grads, learning_rate):
+        norm = math.sqrt(sum((g**2).sum() for g in grads))
+        grads = [g * min(1.0, self.max_norm / norm) for g in grads]
+        self.t += 1
+        new = []
+        for i, (p, g) in enumerate(zip(params, grads, strict=True)):
+            self.m[i] = 0.9 * self.m[i] + 0.1 * g
+            self.v[i] = 0.999 * self.v[i] + 0.001 * g**2
+            m, v = self.m[i] / (1 - 0.9**self.t), self.v[i] / (1 - 0.999**self.t)
+            new.append(p - learning_rate * m / (np.sqrt(v) + self.eps))
+        return new
+
+
+def moments(x, mask, mean, var, count):
+    """Returns mean, variance and count of what (mean, var, count) stand for together with x where mask is 1."""
+    real = x[mask > 0]
+    total = count + len(real)
+    new_mean = (mean * count + real.sum(axis=0)) / total
+    second = (count * (var + mean**2) + (real**2).sum(axis=0)) / total
+    return new_mean, second - new_mean**2, total
+
+
+def update(actor, log_std, critic, rollout, stats, orders, learning_rate, s):
+    """Returns (actor, log_std, critic), the statistics and the mean metrics after PPO on one rollout (no copies: K = 1).
+
+    actor, critic: lists of (kernel, bias); rollout: a dict, obs [T + 1, N, D], else [T, N, ...]; stats: a dict with obs
+    and ret, each (mean, var, count); orders: [E, M, B] indices into [T*N]; s: a dict of settings.
+    """
+    mean, var, _ = stats["obs"]
+    obs = np.clip((rollout["obs"] - mean) / np.sqrt(var + 1e-8), -s["clip_obs"], s["clip_obs"])
+    mask = rollout["mask"]
+    new_stats = {
+        "obs": moments(rollout["obs"][:-1], mask, *stats["obs"]),
+        "ret": moments(rollout["discounted_return"], mask, *stats["ret"]),
+    }
+    scale = math.sqrt(new_stats["ret"][1] + 1e-8)
+    reward = np.clip(rollout["reward"] / scale, -s["clip_reward"], s["clip_reward"])
+    T, N = mask.shape
+
+    def values(critic):
+        return mlp(critic, obs.reshape((T + 1) * N, -1))[0].reshape(T + 1, N)
+
+    def advantages(critic):
+        value = values(critic)
+        advantage = gae(reward, rollout["terminated"], rollout["done"], value, s["gamma"], s["gae_lambda"])
+        return advantage.ravel(), (advantage + value[:-1]).ravel()
+
+    flat = obs[:-1].reshape(T * N, -1)
+    old_mean, action = mlp(actor, flat)[0], rollout["action"].reshape(T * N, -1)
+    old_value = values(critic)[:-1].ravel()
+    old_log_prob = np.array([log_prob(m, log_std, a) for m, a in zip(old_mean, action, strict=True)])
+    old_log_std = np.tile(log_std, (T * N, 1))
+    advantage, target = advantages(critic)
+    params = [x for layer in actor + critic for x in layer] + [log_std]
+    adam, seen = Adam(params, s["max_grad_norm"]), []
+    for epoch in orders:
+        if s["recompute_advantages"]:
+            advantage, target = advantages(critic)
+        for index in epoch:
+            weights = mask.ravel()[index]
+            batch = {"mask": weights, "action": action[index], "old_mean": old_mean[index], "target": target[index]}
+            batch |= {"old_log_std": old_log_std[index], "log_prob": old_log_prob[index], "value": old_value[index]}
+            batch["advantage"] = normalized_advantage(advantage[index], weights)
+            mean, actor_activations = mlp(actor, flat[index])
+            value, critic_activations = mlp(critic, flat[index])
+            _, metrics, (d_mean, d_log_std, d_value) = loss((mean, log_std), value[:, 0], batch, s)
+            seen.append(metrics)
+            grads = mlp_gradient(actor, actor_activations, d_mean)
+            grads += mlp_gradient(critic, critic_activations, d_value[:, None])
+            params = adam.step(params, [x for layer in grads for x in layer] + [d_log_std], learning_rate)
+            layers = list(zip(params[:-1:2], params[1:-1:2], strict=True))
+            actor, critic, log_std = layers[: len(actor)], layers[len(actor) :], params[-1]
+    return (actor, log_std, critic), new_stats, {k: np.mean([m[k] for m in seen]) for k in seen[0]}
