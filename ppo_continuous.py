@@ -586,6 +586,8 @@ def configure(args: Args) -> Mesh:
         else:
             jax.config.update("jax_num_cpu_devices", min(args.num_seeds, os.cpu_count()))
         devices = np.array(jax.devices()).reshape(jax.process_count(), -1)
+        if args.platform == "gpu" and devices[0, 0].platform != "gpu":
+            raise RuntimeError('JAX finds no GPU: install "jax[cuda13]", or choose another platform')
     except (RuntimeError, ValueError) as error:
         flag = "--distributed, start with mpirun or srun" if args.distributed else f"--platform {args.platform}"
         fail(f"{flag}: {error}")
@@ -641,7 +643,7 @@ def make_run(args: Args) -> tuple[Callable, RunnerState, nn.Module, LearnerState
     # On the CPU beside the environments; EnvPool's MuJoCo speaks float64, which nothing outside of here may
     with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
         env = make_env(args.env_id, env_seeds)
-        env_state, time_step = env.reset()
+        env_state, time_step = jax.block_until_ready(env.reset())
         runner = RunnerState(env_state, time_step, (jnp.zeros(len(env_seeds), jnp.float32),) * 3)
         network = ActorCritic(int(np.prod(env.action_space.shape)), args)
         obs = jax.tree.map(lambda x: np.asarray(x[0, 0]), time_step.obs)
@@ -741,7 +743,7 @@ def train(args: Args, mesh: Mesh) -> None:
         signal.signal(number, lambda number, _: signals.append(number))
     if chief:
         open_folder(args)
-    act, runner, network, learner, _ = make_run(args)
+    act, runner, network, learner, _env = make_run(args)  # a pool freed too early takes the process with it
     manager, (learner, progress) = restore(args, learner)
     first = int(learner.iteration[0])
     if first >= args.num_iterations:
@@ -755,17 +757,19 @@ def train(args: Args, mesh: Mesh) -> None:
         began = clock()
         runner, transition = jax.block_until_ready(act(runner, jax.device_get(learner._replace(opt_state=None))))
         acted = clock()
-        learner, metrics = learn(learner, put_transition(transition))
+        data = put_transition(transition)
+        learn = learn.lower(learner, data).compile() if iteration == first else learn
+        compiled = clock()
+        learner, metrics = learn(learner, data)
         metrics, learned = jax.device_get(metrics), clock()
         if bad := [name for name, value in metrics.items() if not np.isfinite(value).all()]:
+            bar.close()
             fail(f"iteration {iteration}: {bad[0]} is not finite; checkpoint {manager.latest_step()} stays", code=1)
-        done, compiling = iteration + 1, learned - acted if iteration == first else 0
+        done = iteration + 1
         if chief and done % args.log_interval == 0:
             metrics["charts/SPS"] = np.full(args.num_seeds, args.num_seeds * batch_size / (learned - began))
             log(writers, done * batch_size, metrics, transition, done % (10 * args.log_interval) == 0)
-        progress = advance(
-            progress, transition, [compiling, acted - began, learned - acted - compiling, clock() - began]
-        )
+        progress = advance(progress, transition, [compiled - acted, acted - began, learned - compiled, clock() - began])
         bar.update(batch_size)
         bar.set_postfix({"return": f"{np.nanmean(progress.returns):.1f}"})
         if args.distributed:

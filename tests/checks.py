@@ -58,7 +58,10 @@ def check_gae_by_hand(ppo):
     """
     both = lambda *x: np.array([x, x], float).T  # noqa: E731
     t = SimpleNamespace(
-        reward=both(1, 2, 0), terminated=np.array([[0, 0], [1, 0], [0, 0]], float), done=both(0, 1, 0), mask=both(1, 1, 0)
+        reward=both(1, 2, 0),
+        terminated=np.array([[0, 0], [1, 0], [0, 0]], float),
+        done=both(0, 1, 0),
+        mask=both(1, 1, 0),
     )
     with jax.enable_x64(True):
         advantage, target = ppo.compute_gae(t, both(1, 1, 4, 9), 0.5, 0.5)
@@ -211,19 +214,28 @@ def orders(learner, args):
 
 def check_update(ppo):
     """A whole update in float64 against plain NumPy loops with backpropagation by hand."""
-    for changes in ({}, {"recompute_advantages": True, "anneal_lr": False}, {"objective": "kl-penalty", "anneal_clip": True}):
+    for changes in (
+        {},
+        {"recompute_advantages": True, "anneal_lr": False},
+        {"objective": "kl-penalty", "anneal_clip": True},
+    ):
         args = small_args(ppo, **changes)
         network, learner, transition, r = start(ppo, args)
         p = learner.params["params"]
         nets = layers(p["mean"]), np.asarray(p["log_std"]), layers(p["critic"])
         stats = {"obs": tuple(map(np.asarray, learner.obs_stats)), "ret": tuple(map(np.asarray, learner.return_stats))}
         left = 1 - 3 / args.num_iterations
-        s = vars(args) | {"kl_coef": 1.0, "clip_coef": float(learner.schedule.clip_coef) * (left if args.anneal_clip else 1)}
+        s = vars(args) | {
+            "kl_coef": 1.0,
+            "clip_coef": float(learner.schedule.clip_coef) * (left if args.anneal_clip else 1),
+        }
         s["ent_coef"] = float(learner.schedule.ent_coef)
         rate = float(learner.schedule.learning_rate) * (left if args.anneal_lr else 1)
         with jax.enable_x64(True):
             new, metrics = jax.jit(lambda a, b: ppo.update(a, b, network, args))(learner, transition)  # noqa: B023
-            (actor, log_std, critic), new_stats, seen = reference.update(*nets, r, stats, orders(learner, args), rate, s)
+            (actor, log_std, critic), new_stats, seen = reference.update(
+                *nets, r, stats, orders(learner, args), rate, s
+            )
         p, close = new.params["params"], {"rtol": 1e-9, "atol": 1e-9}
         for mine, theirs in zip(layers(p["mean"]) + layers(p["critic"]), actor + critic, strict=True):
             np.testing.assert_allclose(mine[0], theirs[0], **close)

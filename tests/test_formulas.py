@@ -63,7 +63,12 @@ def test_mutant_is_killed(ppo, text, slip):
 def test_early_stop_freezes_the_learner(ppo):
     """An unreachable target changes nothing; a tiny one stops after the first epoch, which is the one-epoch update."""
     runs = {}
-    for name, changes in {"off": {}, "far": {"target_kl": 1e9}, "near": {"target_kl": 1e-12}, "one": {"update_epochs": 1}}.items():
+    for name, changes in {
+        "off": {},
+        "far": {"target_kl": 1e9},
+        "near": {"target_kl": 1e-12},
+        "one": {"update_epochs": 1},
+    }.items():
         args = small_args(ppo, **changes)
         network, learner, transition, _ = start(ppo, args)
         with jax.enable_x64(True):
