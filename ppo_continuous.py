@@ -677,7 +677,7 @@ def make_update(network: nn.Module, args: Args, mesh: Mesh) -> tuple[Callable, C
 def open_writers(args: Args, network: nn.Module, runner: RunnerState, step: int) -> list[SummaryWriter]:
     """Returns one event file per seed, in the run folder or its sub-folders, that begins with settings and networks."""
     names = [f"seed{args.seed + s}" if args.num_seeds > 1 else "" for s in range(args.num_seeds)]
-    writers = [SummaryWriter(str(args.folder / name), purge_step=step) for name in names]
+    writers = [SummaryWriter(str(args.folder / name), purge_step=step + 1) for name in names]
     obs = jax.tree.map(lambda x: np.asarray(x[:1, 0]), runner.time_step.obs)
     layers = network.tabulate(jax.random.PRNGKey(0), obs, console_kwargs={"width": 120, "force_terminal": False})
     settings = ["|setting|value|", "|-|-|", *(f"|{k}|{v}|" for k, v in asdict(args).items())]

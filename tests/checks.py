@@ -1,4 +1,4 @@
-"""The formulas of a script against tests/reference.py. Each check takes the script as a module: mutants come here, too."""
+"""The formulas of a script, or of a mutant of it, against tests/reference.py."""
 
 from types import SimpleNamespace
 

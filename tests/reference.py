@@ -155,13 +155,14 @@ def moments(x, mask, mean, var, count):
     return new_mean, second - new_mean**2, total
 
 
-def update(actor, log_std, critic, rollout, stats, orders, learning_rate, s):
-    """Returns (actor, log_std, critic), the statistics and the mean metrics after PPO on one rollout (no copies: K = 1).
+def update(nets, rollout, stats, orders, learning_rate, s):
+    """Returns (actor, log_std, critic), the statistics and the mean metrics after PPO on one rollout without copies.
 
-    actor, critic: lists of (kernel, bias); rollout: a dict, obs [T + 1, N, D], else [T, N, ...]; stats: a dict with obs
-    and ret, each (mean, var, count); orders: [E, M, B] indices into [T*N]; s: a dict of settings.
+    nets: (actor, log_std, critic), of which actor and critic are lists of (kernel, bias); rollout: a dict, obs
+    [T + 1, N, D], else [T, N, ...]; stats: a dict of obs and ret, each (mean, var, count); orders: [E, M, B] indices
+    into [T*N]; s: a dict of settings.
     """
-    mean, var, _ = stats["obs"]
+    (actor, log_std, critic), (mean, var, _) = nets, stats["obs"]
     obs = np.clip((rollout["obs"] - mean) / np.sqrt(var + 1e-8), -s["clip_obs"], s["clip_obs"])
     mask = rollout["mask"]
     new_stats = {

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import scripted  # noqa: F401  (registers)
 
-
 KEPT = []  # EnvPool's compiled calls hold a bare pointer: a pool must outlive them
 
 

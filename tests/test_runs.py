@@ -74,7 +74,7 @@ def test_same_command_same_curves_then_finished_then_further(run, tmp_path):
     evaluated = run("--mode", "eval", "--run-dir", "a", "--eval-episodes", 3)
     assert "over 3 episodes" in evaluated.stdout
     assert result(tmp_path / "a")["eval_return"][0]["episodes"] == 3
-    other = run(*settings, "--gamma", 0.5, check=False)
+    other = run(*settings, "--total-timesteps", 6144, "--gamma", 0.5, check=False)
     assert other.returncode == 2 and "--gamma 0.5" in other.stderr and other.stderr.count("\n") == 1
     assert result(tmp_path / "a")["timesteps"] == 6144
 
@@ -224,11 +224,33 @@ def test_seeds_in_one_process_are_lone_runs(run, tmp_path):
 
 def test_learns_pendulum_and_a_delayed_reward(run, tmp_path):
     """Thresholds out of a broken agent's reach: doing nothing earns about -1200 on Pendulum."""
-    fast = "--num-envs 16 --num-steps 64 --update-epochs 10 --gamma 0.9 --learning-rate 1e-3".split()
+    fast = [
+        "--num-envs",
+        "16",
+        "--num-steps",
+        "64",
+        "--update-epochs",
+        "10",
+        "--gamma",
+        "0.9",
+        "--learning-rate",
+        "1e-3",
+    ]
     run("--env-id", "Pendulum-v1", *fast, "--total-timesteps", 150_000, "--run-dir", "a")
     run("--mode", "eval", "--run-dir", "a", "--eval-episodes", 20)
     assert result(tmp_path / "a")["eval_return"][0]["mean"] > -600
-    few = "--num-envs 4 --num-steps 64 --num-minibatches 4 --learning-rate 3e-3 --total-timesteps 10240".split()
+    few = [
+        "--num-envs",
+        "4",
+        "--num-steps",
+        "64",
+        "--num-minibatches",
+        "4",
+        "--learning-rate",
+        "3e-3",
+        "--total-timesteps",
+        "10240",
+    ]
     run("--env-id", "scripted:Corridor-v0", *few, "--run-dir", "b")
     run("--mode", "eval", "--run-dir", "b", "--eval-episodes", 1)
     assert result(tmp_path / "b")["eval_return"][0]["mean"] > 0.97  # of 1: the action is 0.5 at the end
