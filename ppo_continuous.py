@@ -418,7 +418,7 @@ def update(learner: LearnerState, transition: Transition, network: nn.Module, ar
     metrics = {f"losses/{name}": masked_mean(x, epochs) for name, x in metrics.items()}
     explained = 1 - masked_var(target - value, mask) / jnp.maximum(masked_var(target, mask), 1e-8)
     metrics |= {"losses/explained_variance": explained, "charts/learning_rate": learner.schedule.learning_rate}
-    metrics |= {"policy/std": jnp.mean(jnp.exp(policy.log_std)), "policy/param_norm": optax.global_norm(learner.params)}
+    metrics |= {"policy/std": jnp.mean(jnp.exp(policy.log_std)), "policy/param_norm": optax.tree.norm(learner.params)}
     metrics |= {"policy/kl_coef": given.kl_coef, "policy/epochs": jnp.sum(epochs)}
     if args.adaptive_lr:
         given = given._replace(learning_rate=learner.schedule.learning_rate)

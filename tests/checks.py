@@ -233,9 +233,7 @@ def check_update(ppo):
         rate = float(learner.schedule.learning_rate) * (left if args.anneal_lr else 1)
         with jax.enable_x64(True):
             new, metrics = jax.jit(lambda a, b: ppo.update(a, b, network, args))(learner, transition)  # noqa: B023
-            (actor, log_std, critic), new_stats, seen = reference.update(
-                *nets, r, stats, orders(learner, args), rate, s
-            )
+            (actor, log_std, critic), new_stats, seen = reference.update(nets, r, stats, orders(learner, args), rate, s)
         p, close = new.params["params"], {"rtol": 1e-9, "atol": 1e-9}
         for mine, theirs in zip(layers(p["mean"]) + layers(p["critic"]), actor + critic, strict=True):
             np.testing.assert_allclose(mine[0], theirs[0], **close)

@@ -1,4 +1,4 @@
-"""Every formula of ppo_continuous.py in float64 against tests/reference.py, and the mutants that these checks must kill."""
+"""Every formula of ppo_continuous.py against tests/reference.py, and the mutants that these checks must kill."""
 
 import jax
 import numpy as np
@@ -101,7 +101,7 @@ def test_adaptive_learning_rate(ppo):
 
 
 def test_copies_share_advantage_and_have_their_own_value(ppo):
-    """K identical copies weigh nothing new: the update of K = 2 equals one whose minibatches hold every sample twice."""
+    """K identical copies change nothing; other copies change the update, but not the statistics."""
     args = small_args(ppo, num_minibatches=1, update_epochs=1)
     network, learner, transition, _ = start(ppo, args)
     with jax.enable_x64(True):

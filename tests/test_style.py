@@ -101,7 +101,7 @@ def test_update_compiles_once():
     ppo = load(ROOT / "ppo_continuous.py")
     args = small_args(ppo, anneal_clip=True)
     network, learner, transition, _ = start(ppo, args)
-    single = lambda y: np.asarray(y, np.float32) if y.dtype == np.float64 else np.asarray(y)  # noqa: E731
+    single = lambda y: jax.device_put(np.asarray(y, np.float32 if y.dtype == np.float64 else y.dtype))  # noqa: E731
     learner, transition = jax.tree.map(single, (learner, transition))
     update = jax.jit(lambda a, b: ppo.update(a, b, network, args))
     seen = []
