@@ -603,14 +603,12 @@ def write_json(path: Path, content: dict) -> None:
 
 def open_folder(args: Args) -> None:
     """Makes the run folder; stops with exit code 2 where it holds a run with other settings."""
-    free = (
-        "run_dir total_timesteps clobber checkpoint_interval log_interval mode eval_episodes video platform distributed"
-    )
+    free = "run_dir total_timesteps clobber checkpoint_interval log_interval mode eval_episodes video platform"
     if args.clobber:
         shutil.rmtree(args.folder, ignore_errors=True)
     if (args.folder / "args.json").exists():
         old, new = json.loads((args.folder / "args.json").read_text()), json.loads(json.dumps(asdict(args)))
-        differ = [k for k in new if old.get(k) != new[k] and k not in free.split()]
+        differ = [k for k in new if old.get(k) != new[k] and k not in [*free.split(), "distributed"]]
         flags = ", ".join(f"--{k.replace('_', '-')} {new[k]} (there: {old.get(k)})" for k in differ)
         if differ:
             fail(f"{args.folder} holds a run with other settings: {flags}; choose another --exp-name, or --clobber")
@@ -692,17 +690,15 @@ def log(writers: list, step: int, metrics: dict, transition: Transition, histogr
     for s, writer in enumerate(writers):
         one = jax.tree.map(lambda x, s=s: np.asarray(x[s]), transition)
         ended = (one.done * one.mask) > 0
-        episodes = (
-            {"episodic_return": one.episodic_return, "episodic_length": one.episodic_length} if ended.any() else {}
-        )
+        names = ("episodic_return", "episodic_length") if ended.any() else ()
+        episodes = {name: getattr(one, name) for name in names}
         scalars = {k: v[s] for k, v in metrics.items()} | {f"charts/{k}": v[ended].mean() for k, v in episodes.items()}
         for name, value in scalars.items():
             writer.add_scalar(name, value, step)
         rollout = {"obs": one.obs, "action": one.action, "reward": one.reward} if histograms else {}
         for path, leaf in jax.tree_util.tree_leaves_with_path(rollout):
-            writer.add_histogram(
-                "rollout/" + jax.tree_util.keystr(path, simple=True, separator="/"), leaf.ravel(), step
-            )
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            writer.add_histogram(f"rollout/{name}", leaf.ravel(), step)
 
 
 def advance(progress: Progress, transition: Transition, seconds: list[float]) -> Progress:
@@ -752,7 +748,8 @@ def train(args: Args, mesh: Mesh) -> None:
     learn, put_learner, put_transition = make_update(network, args, mesh)
     learner, compiled = put_learner(learner), clock()
     progress = progress._replace(seconds=progress.seconds + np.array([compiled - began, 0, 0, compiled - began]))
-    bar = tqdm(total=args.num_iterations * batch_size, initial=first * batch_size, unit="step", disable=not chief)
+    live, printed = chief and sys.stderr.isatty(), 0.0
+    bar = tqdm(total=args.num_iterations * batch_size, initial=first * batch_size, unit="step", disable=not live)
     for iteration in range(first, args.num_iterations):
         began = clock()
         runner, transition = jax.block_until_ready(act(runner, jax.device_get(learner._replace(opt_state=None))))
@@ -771,7 +768,14 @@ def train(args: Args, mesh: Mesh) -> None:
             log(writers, done * batch_size, metrics, transition, done % (10 * args.log_interval) == 0)
         progress = advance(progress, transition, [compiled - acted, acted - began, learned - compiled, clock() - began])
         bar.update(batch_size)
-        bar.set_postfix({"return": f"{np.nanmean(progress.returns):.1f}"})
+        score = np.nanmean(progress.returns) if progress.episodes.any() else np.nan
+        bar.set_postfix({"return": f"{score:.1f}"})
+        if chief and not live and clock() - printed > 10:
+            printed, speed = clock(), args.num_seeds * batch_size / (learned - began)
+            print(
+                f"{done * batch_size} of {args.total_timesteps} steps, {speed:.0f} steps/s, return {score:.1f}",
+                flush=True,
+            )
         if args.distributed:
             signals = [int(multihost_utils.process_allgather(np.array([*signals, 0])[0]).max())]
         stop = any(signals) or done == args.num_iterations

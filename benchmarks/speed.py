@@ -1,0 +1,122 @@
+"""Whole-run speed of ppo_continuous.py against Stable-Baselines3, alternating in one run on one machine.
+
+    python benchmarks/speed.py --peer-python ../peers/bin/python  # where stable-baselines3, gymnasium[mujoco] are
+
+Both train HalfCheetah-v4 with observation and reward normalisation and logging. Steps per second leave compilation out
+(ours: result.json's sps; theirs has none). Also the cost of an update against a bare fused loop with the same networks,
+minibatches and epochs, but without statistics, metrics or masks. Writes benchmarks/results/speed.json.
+"""
+
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+ROOT = Path(__file__).parents[1]
+CASES = {
+    "1 x 2048": "--total-timesteps 40960",
+    "8 x 256": "--num-envs 8 --num-steps 256 --total-timesteps 81920",
+    "1 x 2048, 8 seeds": "--num-seeds 8 --total-timesteps 20480",
+    "8 x 256, 8 seeds": "--num-envs 8 --num-steps 256 --num-seeds 8 --total-timesteps 20480",
+}
+PEER = """
+import time
+from stable_baselines3 import PPO
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
+env = VecNormalize(make_vec_env("HalfCheetah-v4", 1, seed=1))
+model = PPO("MlpPolicy", env, n_steps=2048, batch_size=64, n_epochs=10, seed=1, device="cpu")
+model.learn(2048)
+start = time.perf_counter()
+model.learn(4096)
+print("sps", 4096 / (time.perf_counter() - start))
+"""
+
+
+def ours(flags: str) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        run = [sys.executable, str(ROOT / "ppo_continuous.py"), *flags.split(), "--run-dir", folder]
+        subprocess.run(run, check=True, capture_output=True)
+        return json.loads((Path(folder) / "result.json").read_text())
+
+
+def peer(python: str) -> float:
+    out = subprocess.run([python, "-c", PEER], check=True, capture_output=True, text=True).stdout
+    return float(out.split("sps")[-1])
+
+
+def bare_loss(params, obs, action, log_prob, advantage, target):
+    def mlp(layers):
+        x = obs
+        for kernel, bias in layers[:-1]:
+            x = jnp.tanh(x @ kernel + bias)
+        return x @ layers[-1][0] + layers[-1][1]
+
+    actor, critic, log_std = params
+    scaled = (action - mlp(actor)) * jnp.exp(-log_std)
+    ratio = jnp.exp(jnp.sum(-0.5 * scaled**2 - log_std - 0.919, axis=-1) - log_prob)
+    advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    policy_loss = jnp.maximum(-advantage * ratio, -advantage * jnp.clip(ratio, 0.8, 1.2)).mean()
+    return policy_loss + 0.25 * jnp.mean((mlp(critic)[:, 0] - target) ** 2)
+
+
+def bare_update_sps() -> float:
+    """Returns transitions per second of the bare loop: 10 epochs of 32 minibatches of 64, 64 x 64 tanh networks."""
+    optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(3e-4, eps=1e-5))
+    rng = np.random.default_rng(0)
+
+    def make(*sizes):
+        return [(jnp.float32(rng.normal(0, a**-0.5, (a, b))), jnp.zeros(b)) for a, b in itertools.pairwise(sizes)]
+
+    params = make(17, 64, 64, 6), make(17, 64, 64, 1), jnp.zeros(6)
+    data = tuple(jnp.float32(rng.normal(0, 1, s)) for s in ((2048, 17), (2048, 6), (2048,), (2048,), (2048,)))
+
+    def minibatch(carry, batch):
+        params, opt_state = carry
+        updates, opt_state = optimizer.update(jax.grad(bare_loss)(params, *batch), opt_state)
+        return (optax.apply_updates(params, updates), opt_state), None
+
+    def epoch(carry, key):
+        order = jax.random.permutation(key, 2048).reshape(32, 64)
+        return jax.lax.scan(minibatch, carry, jax.tree.map(lambda x: x[order], data))
+
+    run = jax.jit(lambda carry, key: jax.lax.scan(epoch, carry, jax.random.split(key, 10))[0])
+    carry = run((params, optimizer.init(params)), jax.random.key(0))
+    start = time.perf_counter()
+    for i in range(10):
+        carry = jax.block_until_ready(run(carry, jax.random.key(i)))
+    return 10 * 2048 / (time.perf_counter() - start)
+
+
+def main(peer_python: str, repeats: int = 3) -> None:
+    rows = {name: [] for name in ("Stable-Baselines3, 1 x 2048", "bare update", "our update, 1 x 2048", *CASES)}
+    for _ in range(repeats):
+        rows["Stable-Baselines3, 1 x 2048"].append(peer(peer_python))
+        for name, flags in CASES.items():
+            result = ours(flags)
+            rows[name].append(result["sps"])
+            if name == "1 x 2048":
+                rows["our update, 1 x 2048"].append(result["sps_update"])
+        rows["bare update"].append(bare_update_sps())
+    middle = {name: float(np.median(values)) for name, values in rows.items()}
+    base = middle["Stable-Baselines3, 1 x 2048"]
+    ratios = {f"{name} / Stable-Baselines3": middle[name] / base for name in CASES}
+    ratios["update cost / bare update cost"] = middle["bare update"] / middle["our update, 1 x 2048"]
+    content = {"steps_per_second": rows, "ratios of medians": ratios, "versions": result["versions"]}
+    content["device"], content["command"] = result["device"], "python benchmarks/speed.py"
+    (ROOT / "benchmarks/results/speed.json").write_text(json.dumps(content, indent=2) + "\n")
+    print(json.dumps(ratios, indent=2))
+
+
+if __name__ == "__main__":
+    tyro.cli(partial(main))
