@@ -731,6 +731,13 @@ def save(args: Args, manager: ocp.CheckpointManager, learner: LearnerState, prog
         fail(f"--run-dir {args.folder} takes no checkpoint, the last good one stays; make room: {error}", code=1)
 
 
+def check_finite(metrics: dict, iteration: int, manager: ocp.CheckpointManager, bar: tqdm) -> None:
+    """Stops with exit code 1 at the first metric that is no number; parameters are among them by their norm."""
+    if bad := [name for name, value in metrics.items() if not np.isfinite(value).all()]:
+        bar.close()
+        fail(f"iteration {iteration}: {bad[0]} is not finite; checkpoint {manager.latest_step()} stays", code=1)
+
+
 def train(args: Args, mesh: Mesh) -> None:
     """Trains to the end, from the newest checkpoint if there is one; SIGINT and SIGTERM end it after the iteration."""
     clock, signals, chief = time.perf_counter, [], jax.process_index() == 0
@@ -759,9 +766,7 @@ def train(args: Args, mesh: Mesh) -> None:
         compiled = clock()
         learner, metrics = learn(learner, data)
         metrics, learned = jax.device_get(metrics), clock()
-        if bad := [name for name, value in metrics.items() if not np.isfinite(value).all()]:
-            bar.close()
-            fail(f"iteration {iteration}: {bad[0]} is not finite; checkpoint {manager.latest_step()} stays", code=1)
+        check_finite(metrics, iteration, manager, bar)
         done = iteration + 1
         if chief and done % args.log_interval == 0:
             metrics["charts/SPS"] = np.full(args.num_seeds, args.num_seeds * batch_size / (learned - began))
