@@ -648,7 +648,9 @@ def make_run(args: Args) -> tuple[Callable, RunnerState, nn.Module, LearnerState
         init = jax.jit(partial(init_learner, obs=obs, network=network, args=args))
         learner = jax.tree.map(lambda *x: np.stack(x), *[init(np.uint32(seed)) for seed in seeds])  # [S, ...]
         act = jax.jit(partial(rollout, env=env, network=network, args=args))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)  # holds a pointer: of no use to others
         act = act.lower(runner, learner._replace(opt_state=None)).compile()
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     return act, runner, network, learner, env
 
 

@@ -40,8 +40,8 @@ MUTANTS = [
     ("update", "mean=jnp.zeros_like(return_stats.mean)", "mean=return_stats.mean"),
     (
         "update",
-        "        advantage, target, _ = advantages(learner.params,",
-        "        _, target, _ = advantages(learner.params,",
+        "batch = batch._replace(advantage=advantage, target=target)",
+        "batch = batch._replace(target=target)",
     ),
     ("env_step", "mask = 1 - (last.terminated", "mask = 1 - (new.terminated"),
     ("env_step", "mask = 1 - (last.terminated | last.truncated)", "mask = 1 - (last.terminated)"),
