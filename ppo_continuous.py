@@ -1,9 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#     "jax>=0.10", "flax>=0.12", "optax>=0.2.6", "orbax-checkpoint>=0.11.30", "tyro>=0.9", "tqdm>=4.66", "envpool>=1.2",
-#     "gymnasium[box2d,mujoco]>=1.2", "tensorboard>=2.19", "tensorboardX>=2.6.4", "imageio[ffmpeg]>=2.37",
-# ]
+# dependencies = ["jax>=0.10", "flax>=0.12", "optax>=0.2.6", "orbax-checkpoint>=0.11.30", "tyro>=0.9", "tqdm>=4.66",
+#   "envpool>=1.2", "gymnasium[box2d,mujoco]>=1.2", "tensorboard>=2.19", "tensorboardX>=2.6.4", "imageio[ffmpeg]>=2.37"]
 # ///
 """PPO for continuous (Box) actions. One file: run it, copy it, change it.
 
@@ -11,16 +9,14 @@
     python ppo_continuous.py --env-id HalfCheetah-v4 --seed 1 --num-seeds 8  # eight independent runs in one process
     python ppo_continuous.py --env-id HalfCheetah-v4 --seed 1 --mode eval --video
 
-PPO: arXiv 1707.06347; GAE: 1506.02438; code-level optimisations: 2005.12729; KL penalty at scale: 1707.02286.
-Axes are always [S, T, N, K, ...]: S seeds, T steps, N environments per seed, K observation copies; E epochs of M
-minibatches of B, U action size, P processes. State to Update see one seed, `jax.vmap` adds S.
+PPO: arXiv 1707.06347; GAE: 1506.02438; code-level optimisations: 2005.12729. Axes are always [S, T, N, K, ...]: seeds,
+steps, environments per seed, copies of an observation; E epochs of M minibatches of B, U action size, P processes.
 
 Differs from the papers and from CleanRL's ppo_continuous_action.py:
 1. Time limits are not ends: a truncated step bootstraps from the value of its true last observation.
 2. The step on which an environment resets itself, ignoring its action, has mask 0 and trains nothing.
-3. Running statistics rest during a rollout, then take in the whole of it: the policy trained is the one that acted.
-4. Old values and log-probabilities are computed in one batch after the rollout, by the network that acted.
-5. Actions in [-1, 1] are mapped to the environment's bounds (--no-scale-actions only clips, as CleanRL does).
+3. Running statistics rest during a rollout; old values and log-probabilities are computed after it, in one batch.
+4. Actions in [-1, 1] are mapped to the environment's bounds (--no-scale-actions only clips, as CleanRL does).
 """
 
 import difflib
@@ -31,7 +27,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -40,6 +36,7 @@ from typing import Any, Literal, NamedTuple
 import envpool
 import flax.linen as nn
 import gymnasium
+import imageio.v3
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,13 +45,12 @@ import orbax.checkpoint as ocp
 import tyro
 from jax import Array
 from jax.experimental import io_callback, multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+
 # --- Settings ---
-
-
 @dataclass(frozen=True)  # hashable; the comments are the help texts
 class Args:
     # Run
@@ -100,7 +96,7 @@ class Args:
     target_kl: float | None = None  # no further epochs once one's mean approx_kl passes 1.5 times this
     desired_kl: float = 0.01  # KL that the penalty's coefficient and the adaptive learning rate steer to
     kl_coef: float = 1.0  # first coefficient of the KL penalty
-    kl_rule: Literal["ppo", "heess"] = "ppo"  # that coefficient's rule: PPO paper, section 4, or Heess et al. 2017
+    kl_rule: tuple[float, float, float] = (2.0, 1.5, 0.667)  # its factor, above and below these times desired_kl
     # Network
     hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers, actor and critic alike
     activation: Literal["tanh", "relu", "elu", "silu"] = "tanh"  # nonlinearity of the hidden layers
@@ -119,35 +115,31 @@ class Args:
 
 
 def fail(message: str, code: int = 2) -> None:
-    """Ends the program with one line on stderr; code 0 only prints it. Raises: SystemExit."""
+    """Ends the program with one line on stderr. Raises: SystemExit."""
     print(f"{Path(__file__).name}: {message.splitlines()[0]}", file=sys.stderr)
-    if code:
-        sys.exit(code)
+    sys.exit(code)
 
 
 def validate(args: Args) -> None:
     """Stops with exit code 2 at the first setting that cannot work, naming its flag and the remedy."""
     N, T, M, P, last = args.num_envs, args.num_steps, args.num_minibatches, jax.process_count(), 2**31 - args.num_seeds
-    for name in [k for k, v in asdict(args).items() if type(v) in (int, float) and not v > 0]:
-        if name not in ("seed", "gamma", "gae_lambda", "ent_coef", "vf_coef", "log_std_init"):
-            fail(f"--{name.replace('_', '-')} is {getattr(args, name)}: give a number above 0")
-    checks = {
+    any_sign = "seed gamma gae_lambda ent_coef vf_coef log_std_init".split()
+    for name in [k for k, v in asdict(args).items() if type(v) in (int, float) and k not in any_sign and not v > 0]:
+        fail(f"--{name.replace('_', '-')} is {getattr(args, name)}: give a number above 0")
+    fine = {
         f"--num-envs {N} does not divide among {P} processes: give a multiple of that": N % P == 0,
         f"--num-minibatches {M} x {P} processes does not divide --num-envs {N} x --num-steps {T}": N * T % (M * P) == 0,
-        f"--total-timesteps {args.total_timesteps} is less than one rollout of {N * T}: raise it": args.num_iterations
-        > 0,
-        f"--gamma {args.gamma} is not a discount factor: give 0 to 1": 0 <= args.gamma <= 1,
-        f"--gae-lambda {args.gae_lambda} is not a mixing weight: give 0 to 1": 0 <= args.gae_lambda <= 1,
+        f"--total-timesteps {args.total_timesteps} is below one rollout of {N * T}: raise it": args.num_iterations > 0,
+        f"--gamma {args.gamma}: give 0 to 1": 0 <= args.gamma <= 1,
+        f"--gae-lambda {args.gae_lambda}: give 0 to 1": 0 <= args.gae_lambda <= 1,
         f"--seed {args.seed} is out of range: give 0 to {last}": 0 <= args.seed <= last,
         "--adaptive-lr contradicts --anneal-lr: add --no-anneal-lr": not (args.adaptive_lr and args.anneal_lr),
     }
-    for message in [message for message, fine in checks.items() if not fine]:
-        fail(message)
+    if not all(fine.values()):
+        fail(min(fine, key=fine.get))
 
 
 # --- State ---
-
-
 class RunningStats(NamedTuple):  # of one leaf of the observations, or of the discounted return
     mean: Array
     var: Array
@@ -192,47 +184,34 @@ class LearnerState(NamedTuple):  # what a checkpoint holds
     schedule: Schedule
     key: Array  # [2], of the whole run; each iteration's keys are folded from it
     iteration: Array  # []
+    episodes: Array  # [], ended so far
+    returns: Array  # [100], the last training episodes', nan where there are fewer
 
 
 # --- Networks ---
-
-
-def mlp(out_size: int, out_gain: float, args: Args) -> nn.Sequential:
-    """Returns dense layers from observations, any pytree of [B, ...], flattened side by side, to [B, out_size]."""
+def mlp(obs: Any, out_size: int, out_gain: float, name: str, args: Args) -> Array:
+    """Returns what dense layers make of observations, any pytree of [B, ...], flattened side by side: [B, out_size]."""
     init = nn.initializers.orthogonal if args.ortho_init else lambda gain: nn.initializers.lecun_normal()
-    layers = [lambda obs: jnp.concatenate([x.reshape(len(x), -1) for x in jax.tree.leaves(obs)], axis=-1)]
-    for size in args.hidden_sizes:
-        layers += [nn.Dense(size, kernel_init=init(2**0.5)), getattr(nn, args.activation)]
-    return nn.Sequential([*layers, nn.Dense(out_size, kernel_init=init(out_gain))])
+    x = jnp.concatenate([x.reshape(len(x), -1) for x in jax.tree.leaves(obs)], axis=-1)
+    for i, size in enumerate(args.hidden_sizes):
+        x = getattr(nn, args.activation)(nn.Dense(size, kernel_init=init(2**0.5), name=f"{name}_{i}")(x))
+    return nn.Dense(out_size, kernel_init=init(out_gain), name=f"{name}_{len(args.hidden_sizes)}")(x)
 
 
-class ActorCritic(nn.Module):
-    """Separate networks for policy and value."""
-
-    action_size: int
+class ActorCritic(nn.Module):  # separate networks; of its outputs, the compiler leaves out what is not used
+    action_space: Any
     args: Args
 
-    def setup(self) -> None:
-        self.mean, self.critic = mlp(self.action_size, 0.01, self.args), mlp(1, 1.0, self.args)
-        if self.args.state_dependent_std:
-            self.log_std = mlp(self.action_size, 0.01, self.args)
-        else:
-            self.log_std = self.param("log_std", nn.initializers.zeros, (self.action_size,), jnp.float32)
-
+    @nn.compact
     def __call__(self, obs: Any) -> tuple["Gaussian", Array]:
-        return self.policy(obs), self.value(obs)
-
-    def policy(self, obs: Any) -> "Gaussian":
-        mean, log_std = self.mean(obs), self.log_std(obs) if self.args.state_dependent_std else self.log_std
-        return Gaussian(mean=mean, log_std=jnp.broadcast_to(log_std + self.args.log_std_init, mean.shape))
-
-    def value(self, obs: Any) -> Array:
-        return self.critic(obs)[:, 0]
+        size = int(np.prod(self.action_space.shape))
+        mean, value = mlp(obs, size, 0.01, "mean", self.args), mlp(obs, 1, 1.0, "critic", self.args)[:, 0]
+        free = lambda: self.param("log_std", nn.initializers.zeros, (size,), jnp.float32)  # noqa: E731
+        log_std = mlp(obs, size, 0.01, "log_std", self.args) if self.args.state_dependent_std else free()
+        return Gaussian(mean=mean, log_std=jnp.broadcast_to(log_std + self.args.log_std_init, mean.shape)), value
 
 
 # --- Distribution ---
-
-
 class Gaussian(NamedTuple):  # diagonal, leaves [..., U]
     mean: Array
     log_std: Array
@@ -261,8 +240,6 @@ def kl(old: Gaussian, new: Gaussian) -> Array:
 
 
 # --- Statistics ---
-
-
 def masked_mean(x: Array, mask: Array) -> Array:
     """Returns the mean of x [*mask.shape, ...] over mask's axes where mask is 1; 0 where it is 1 nowhere."""
     weight = mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
@@ -288,14 +265,10 @@ def normalize(x: Array, stats: RunningStats, bound: float) -> Array:
 
 
 # --- Advantages and losses ---
-
-
 def compute_gae(transition: Transition, value: Array, gamma: float, gae_lambda: float) -> tuple[Array, Array]:
-    """Returns advantages and value targets, both [T, N]; where mask is 0, numbers that nothing may read.
+    """Returns advantages and value targets [T, N]; value is [T + 1, N], V(s_0) to V(s_T), of the true observations.
 
-    value is [T + 1, N], V(s_0) to V(s_T), each of the true observation. A truncated step bootstraps, a terminated one
-    does not, both end the sum. Source: Schulman et al. 2015, arXiv 1506.02438, eq. 16.
-    """
+    A truncated step bootstraps, a terminated one does not, both end the sum. Source: arXiv 1506.02438, eq. 16."""
 
     def step(next_advantage: Array, t: tuple) -> tuple[Array, Array]:
         reward, terminated, done, value, next_value = t
@@ -309,10 +282,7 @@ def compute_gae(transition: Transition, value: Array, gamma: float, gae_lambda: 
 
 
 def ppo_loss(params: Any, batch: Batch, schedule: Schedule, network: nn.Module, args: Args) -> tuple[Array, dict]:
-    """Returns the loss and metrics, scalars; the mask of the minibatch [B, ...] is a weight here, of mean 1.
-
-    Source: Schulman et al. 2017, arXiv 1707.06347, eq. 7 (clip) and 8 (kl-penalty); value clipping: OpenAI baselines.
-    """
+    """Returns loss and metrics, scalars; the mask is a weight of mean 1 here. Source: arXiv 1707.06347, eq. 7, 8."""
     policy, value = network.apply(params, batch.obs)
     log_ratio = log_prob(policy, batch.action) - batch.log_prob
     ratio, kl_div, clip_coef = jnp.exp(log_ratio), kl(batch.policy, policy), schedule.clip_coef
@@ -332,8 +302,6 @@ def ppo_loss(params: Any, batch: Batch, schedule: Schedule, network: nn.Module, 
 
 
 # --- Update ---
-
-
 def make_optimizer(args: Args) -> optax.GradientTransformation:
     """Returns Adam behind a bound on the global gradient norm, without the step size, which is traced."""
     return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.scale_by_adam(eps=1e-5))
@@ -384,7 +352,7 @@ def steer(kl_div: Array, desired: float, factor: float, above: float, below: flo
 def advantages(params: Any, obs: Any, transition: Transition, network: nn.Module, args: Args) -> tuple:
     """Returns advantages, targets, values, each [T*N*K]; copies have the original's, and values of their own."""
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), obs)
-    value = network.apply(params, flat, method="value").reshape(jax.tree.leaves(obs)[0].shape[:3])  # [T + 1, N, K]
+    value = network.apply(params, flat)[1].reshape(jax.tree.leaves(obs)[0].shape[:3])  # [T + 1, N, K]
     both = compute_gae(transition, value[:, :, 0], args.gamma, args.gae_lambda)
     return *(jnp.repeat(x, value.shape[2]) for x in both), value[:-1].reshape(-1)
 
@@ -396,21 +364,20 @@ def update(learner: LearnerState, transition: Transition, network: nn.Module, ar
     obs = jax.tree.map(partial(normalize, bound=args.clip_obs), transition.obs, learner.obs_stats)
     obs_stats, return_stats, given = learner.obs_stats, learner.return_stats, learner.schedule
     if args.norm_obs:
-        acted_on = jax.tree.map(lambda x: x[:-1, :, 0], transition.obs)
-        obs_stats = jax.tree.map(partial(update_stats, mask=transition.mask), acted_on, obs_stats)
+        obs_stats = jax.tree.map(lambda x, s: update_stats(x[:-1, :, 0], s, transition.mask), transition.obs, obs_stats)
     if args.norm_reward:
         return_stats = update_stats(transition.discounted_return, return_stats, transition.mask)
     scale = return_stats._replace(mean=jnp.zeros_like(return_stats.mean))
     transition = transition._replace(reward=normalize(transition.reward, scale, args.clip_reward))
     flat_obs = jax.tree.map(lambda x: x[:-1].reshape(-1, *x.shape[3:]), obs)  # [T*N*K, ...]
-    policy = network.apply(learner.params, flat_obs, method="policy")
+    policy, _ = network.apply(learner.params, flat_obs)
     advantage, target, value = advantages(learner.params, obs, transition, network, args)
     copy = partial(jnp.repeat, repeats=jax.tree.leaves(obs)[0].shape[2], axis=0)
-    action, mask = copy(transition.action.reshape(-1, network.action_size)), copy(transition.mask.reshape(-1))
+    action, mask = (copy(x.reshape(-1, *x.shape[2:])) for x in (transition.action, transition.mask))
     batch = Batch(flat_obs, action, policy, log_prob(policy, action), value, advantage, target, mask)
-    left = 1 - learner.iteration / args.num_iterations
-    rate, clip = (left if args.anneal_lr else 1), (left if args.anneal_clip else 1)
-    schedule = given._replace(learning_rate=given.learning_rate * rate, clip_coef=given.clip_coef * clip)
+    anneal = lambda x, on: x - x * learner.iteration / args.num_iterations * on  # noqa: E731
+    rate, clip = anneal(given.learning_rate, args.anneal_lr), anneal(given.clip_coef, args.anneal_clip)
+    schedule = given._replace(learning_rate=rate, clip_coef=clip)
     keys = jax.random.split(jax.random.fold_in(learner.key, 2 * learner.iteration + 1), args.update_epochs)
     step = partial(epoch_step, data=(batch, obs, transition), network=network, args=args)
     (learner, _), metrics = jax.lax.scan(step, (learner._replace(schedule=schedule), jnp.array(False)), keys)
@@ -423,16 +390,18 @@ def update(learner: LearnerState, transition: Transition, network: nn.Module, ar
     if args.adaptive_lr:
         given = given._replace(learning_rate=learner.schedule.learning_rate)
     if args.objective == "kl-penalty":
-        kl_div = masked_mean(kl(policy, network.apply(learner.params, flat_obs, method="policy")), mask)
-        rule = (2, 1.5, 1 / 1.5) if args.kl_rule == "ppo" else (1.5, 2, 0.5)  # factor, above, below
-        given = given._replace(kl_coef=given.kl_coef * steer(kl_div, args.desired_kl, *rule))
+        kl_div = masked_mean(kl(policy, network.apply(learner.params, flat_obs)[0]), mask)
+        given = given._replace(kl_coef=given.kl_coef * steer(kl_div, args.desired_kl, *args.kl_rule))
+    ended = transition.done * transition.mask
+    for name in ("episodic_return", "episodic_length"):
+        metrics[f"charts/{name}"] = jnp.where(jnp.any(ended), masked_mean(getattr(transition, name), ended), jnp.nan)
     new = {"obs_stats": obs_stats, "return_stats": return_stats, "schedule": given, "iteration": learner.iteration + 1}
-    return learner._replace(**new), metrics
+    returns = jnp.concatenate([learner.returns, jnp.where(ended > 0, transition.episodic_return, jnp.nan).ravel()])
+    new |= {"returns": returns[jnp.argsort(~jnp.isnan(returns), stable=True)[-100:]]}
+    return learner._replace(**new, episodes=learner.episodes + jnp.sum(ended).astype(jnp.int32)), metrics
 
 
 # --- Environments ---
-
-
 class TimeStep(NamedTuple):  # what S*N environments return, leaves [S*N, ...]
     obs: Any  # float32 [S*N, K, ...]; an ended episode's last observation, then on the next step a new one's first
     reward: Array
@@ -441,7 +410,7 @@ class TimeStep(NamedTuple):  # what S*N environments return, leaves [S*N, ...]
 
 
 class Environment(NamedTuple):  # S*N environments behind two functions
-    reset: Callable[[], tuple[Any, TimeStep]]
+    first: tuple[Any, TimeStep]  # env_state and what it shows after a reset
     step: Callable[[Any, Array], tuple[Any, TimeStep]]  # (env_state, action [S*N, *action_space.shape])
     action_space: Any
     threshold: float | None  # mean return at which the environment counts as solved
@@ -451,15 +420,14 @@ def make_env(env_id: str, env_seeds: list[int]) -> Environment:
     """Returns one environment per seed. Stops with exit code 2 if the id is unknown or its actions are not a Box."""
     known = [*envpool.list_all_envs(), *gymnasium.registry]
     if env_id not in known and ":" not in env_id:
-        near = ", ".join(difflib.get_close_matches(env_id, known)) or "none"
-        fail(f"--env-id {env_id} is unknown to EnvPool and Gymnasium; nearest: {near}")
+        fail(f"--env-id {env_id} is unknown; nearest: {', '.join(difflib.get_close_matches(env_id, known)) or 'none'}")
     try:
         env = (make_envpool if env_id in envpool.list_all_envs() else make_gymnasium)(env_id, env_seeds)
     except (ImportError, gymnasium.error.Error) as error:
         fail(f"--env-id {env_id} cannot be made, install or import what it needs: {error}")
     if not isinstance(env.action_space, gymnasium.spaces.Box):
-        kind, other = type(env.action_space).__name__, "ppo_atari.py for Atari games, else ppo_icm_lstm.py"
-        fail(f"--env-id {env_id} has {kind} actions, this script needs Box: use {other}")
+        other = "this script needs Box: use ppo_atari.py for Atari games, else ppo_icm_lstm.py"
+        fail(f"--env-id {env_id} has {type(env.action_space).__name__} actions, {other}")
     return env
 
 
@@ -467,29 +435,26 @@ def make_envpool(env_id: str, env_seeds: list[int]) -> Environment:
     """EnvPool: send and recv are XLA calls, so that a rollout is one compiled scan. MuJoCo there speaks float64."""
     pool = envpool.make(env_id, env_type="gymnasium", num_envs=len(env_seeds), seed=env_seeds)
     handle, recv, send, _ = pool.xla()
-    action_dtype = list(pool.spec.action_array_spec.values())[-1].dtype
+    ids, dtype = np.arange(len(env_seeds), dtype=np.int32), list(pool.spec.action_array_spec.values())[-1].dtype
 
     def receive(handle: Array) -> tuple[Array, TimeStep]:
         handle, (obs, reward, terminated, truncated, _) = recv(handle)
         obs = jax.tree.map(lambda x: x[:, None].astype(jnp.float32), obs)
         return handle, TimeStep(obs, reward.astype(jnp.float32), terminated, truncated)
 
-    def reset() -> tuple[Array, TimeStep]:
-        pool.async_reset()
-        return jax.jit(receive)(jnp.asarray(handle))
-
     def step(handle: Array, action: Array) -> tuple[Array, TimeStep]:
-        return receive(send(handle, action.astype(action_dtype), np.arange(len(env_seeds), dtype=np.int32)))
+        return receive(send(handle, action.astype(dtype), ids))
 
-    return Environment(reset, step, pool.action_space, getattr(pool.spec.config, "reward_threshold", None))
+    pool.async_reset()
+    first, threshold = jax.jit(receive)(jnp.asarray(handle)), getattr(pool.spec.config, "reward_threshold", None)
+    return Environment(jax.block_until_ready(first), step, pool.action_space, threshold)
 
 
 def make_gymnasium(env_id: str, env_seeds: list[int]) -> Environment:
     """Gymnasium: a vector environment on the host, called in order from the compiled rollout.
 
-    `info["non-terminal done"]` makes an end a truncation; an environment with a method `augment_observation` (one
-    observation in, K out, the original first) trains on all K. Raises: ValueError if K changes.
-    """
+    `info["non-terminal done"]` makes an end a truncation; a method `augment_observation` of the environment (one
+    observation in, K out, the original first) has all K trained on. Raises: ValueError if K changes."""
     vector = gymnasium.make_vec(env_id, num_envs=len(env_seeds), vectorization_mode="sync")
     space, copies = vector.single_action_space, partial(jax.tree.map, lambda x: x[None])
     if vector.envs[0].has_wrapper_attr("augment_observation"):
@@ -501,45 +466,38 @@ def make_gymnasium(env_id: str, env_seeds: list[int]) -> Environment:
         terminated, ended = terminated & ~truncated, np.asarray(info.get("non-terminal done", False), bool)
         return TimeStep(obs, np.float32(reward), terminated & ~ended, truncated | (terminated & ended))
 
-    def reset() -> tuple[tuple, TimeStep]:
-        none = np.zeros(len(env_seeds), bool)
-        return (), jax.tree.map(jnp.asarray, time_step(vector.reset(seed=env_seeds)[0], none, none, none, {}))
-
     def step(env_state: tuple, action: Array) -> tuple[tuple, TimeStep]:
         host_step = lambda action: time_step(*vector.step(np.asarray(action, space.dtype)))  # noqa: E731
         return env_state, io_callback(host_step, like, action, ordered=True)
 
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), reset()[1])
-    return Environment(reset, step, space, vector.spec.reward_threshold)
+    first = time_step(vector.reset(seed=env_seeds)[0], *np.zeros((3, len(env_seeds)), bool), {})
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), first)
+    return Environment(((), jax.tree.map(jnp.asarray, first)), step, space, vector.spec.reward_threshold)
 
 
-def bounded(action: Array, space: Any, scale: bool) -> Array:
+def bounded(action: Array, space: Any, args: Args) -> Array:
     """Returns what the environment gets for actions [..., U]: [..., *space.shape] inside its bounds."""
     low, high = space.low.astype(np.float32), space.high.astype(np.float32)
-    finite = np.isfinite(low) & np.isfinite(high) & np.bool_(scale)
+    finite = np.isfinite(low) & np.isfinite(high) & np.bool_(args.scale_actions)
     centre, half = np.where(finite, low / 2 + high / 2, 0), np.where(finite, high / 2 - low / 2, 1)
     return jnp.clip(centre + half * action.reshape(*action.shape[:-1], *space.shape), low, high).astype(action.dtype)
 
 
 # --- Rollout ---
-
-
 class RunnerState(NamedTuple):  # the carry of the rollout
     env_state: Any
     time_step: TimeStep
     episode: tuple[Array, Array, Array]  # Transition's episodic return, episodic length and discounted return so far
 
 
-def env_step(
-    runner: RunnerState, noise: Array, learner: LearnerState, env: Environment, network: nn.Module, args: Args
-) -> tuple[RunnerState, Transition]:
-    """Returns the runner after one step with noise [S, N, U], and what happened, leaves [S*N, ...]."""
+def env_step(runner: RunnerState, noise: Array, learner: Any, env: Environment, network: Any, args: Args) -> tuple:
+    """Returns (RunnerState, Transition) after one step with noise [S, N, U]; leaves are [S*N, ...]."""
     last = runner.time_step
     obs = jax.tree.map(lambda x: x[:, 0].reshape(*noise.shape[:2], *x.shape[2:]), last.obs)  # [S, N, ...]
     obs = jax.tree.map(jax.vmap(partial(normalize, bound=args.clip_obs)), obs, learner.obs_stats)
-    policy = jax.vmap(partial(network.apply, method="policy"))(learner.params, obs)
+    policy, _ = jax.vmap(network.apply)(learner.params, obs)
     action = sample_action(policy, noise).reshape(-1, noise.shape[-1])
-    env_state, new = env.step(runner.env_state, bounded(action, env.action_space, args.scale_actions))
+    env_state, new = env.step(runner.env_state, bounded(action, env.action_space, args))
     mask = 1 - (last.terminated | last.truncated).astype(jnp.float32)
     done, terminated = (x.astype(jnp.float32) for x in (new.terminated | new.truncated, new.terminated))
     (total, length, discounted), reward = runner.episode, new.reward
@@ -547,50 +505,32 @@ def env_step(
     return RunnerState(env_state, new, episode), Transition(last.obs, action, reward, terminated, done, mask, *episode)
 
 
-def rollout(
-    runner: RunnerState, learner: LearnerState, env: Environment, network: nn.Module, args: Args
-) -> tuple[RunnerState, Transition]:
-    """Returns the runner after T steps of S*N environments, and the transitions [S, T, N, ...]."""
-    local, shape = args.num_envs // jax.process_count(), (args.num_steps, args.num_envs, network.action_size)
+def rollout(runner: RunnerState, learner: LearnerState, env: Environment, network: nn.Module, args: Args) -> tuple:
+    """Returns (RunnerState, Transition [S, T, N, ...]) after T steps of S*N environments; obs is [S, T + 1, N, ...]."""
+    local, size = args.num_envs // jax.process_count(), int(np.prod(env.action_space.shape))
     keys = jax.vmap(jax.random.fold_in)(learner.key, 2 * learner.iteration)  # 2 * iteration + 1: shuffles
-    noise = jax.vmap(partial(jax.random.normal, shape=shape, dtype=jnp.float32), out_axes=1)(keys)
-    noise = noise[:, :, jax.process_index() * local :][
-        :, :, :local
-    ]  # [T, S, N, U], so that P processes act as one does
-    noise = noise if args.mode == "train" else jnp.zeros_like(noise)
+    noise = partial(jax.random.normal, shape=(args.num_steps, args.num_envs, size), dtype=jnp.float32)
+    noise = jax.vmap(noise, out_axes=1)(keys)[:, :, jax.process_index() * local :][:, :, :local]  # [T, S, N / P, U]
     step = partial(env_step, learner=learner, env=env, network=network, args=args)
-    runner, transition = jax.lax.scan(step, runner, noise)
+    runner, transition = jax.lax.scan(step, runner, noise * (args.mode == "train"))
     obs = jax.tree.map(lambda x, last: jnp.concatenate([x, last[None]]), transition.obs, runner.time_step.obs)
     by_seed = lambda x: jnp.moveaxis(x.reshape(len(x), -1, local, *x.shape[2:]), 1, 0)  # noqa: E731
     return runner, jax.tree.map(by_seed, transition._replace(obs=obs))
 
 
 # --- Run ---
-
-
-class Progress(NamedTuple):  # NumPy; a checkpoint holds it beside the learner
-    returns: np.ndarray  # [S, 100] of the last training episodes, nan where there are fewer
-    episodes: np.ndarray  # [S], ended so far
-    seconds: np.ndarray  # [4]: compilation, rollouts, updates, everything
-
-
 def configure(args: Args) -> Mesh:
     """Sets JAX up and returns the updates' devices, [P, seeds]; a CPU's cores are as many devices."""
-    if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "ppo_jax"))
+    cache = jax.config.jax_compilation_cache_dir or str(Path.home() / ".cache" / "ppo_jax")
+    jax.config.update("jax_compilation_cache_dir", cache)
     if args.platform != "auto":
         jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda,cpu"}[args.platform])
     try:
-        if args.distributed:
-            jax.distributed.initialize()
-        else:
-            jax.config.update("jax_num_cpu_devices", min(args.num_seeds, os.cpu_count()))
-        devices = np.array(jax.devices()).reshape(jax.process_count(), -1)
-        if args.platform == "gpu" and devices[0, 0].platform != "gpu":
-            raise RuntimeError('JAX finds no GPU: install "jax[cuda13]", or choose another platform')
+        one_process = partial(jax.config.update, "jax_num_cpu_devices", min(args.num_seeds, os.cpu_count()))
+        (jax.distributed.initialize if args.distributed else one_process)()
+        devices = np.array(jax.devices("gpu" if args.platform == "gpu" else None)).reshape(jax.process_count(), -1)
     except (RuntimeError, ValueError) as error:
-        flag = "--distributed, start with mpirun or srun" if args.distributed else f"--platform {args.platform}"
-        fail(f"{flag}: {error}")
+        fail(f"--platform gpu needs jax[cuda13], --distributed a start by mpirun or srun: {error}")
     fit = 1 if args.distributed else max(d for d in range(1, devices.size + 1) if args.num_seeds % d == 0)
     return Mesh(devices[:, :fit], ("process", "seed"))
 
@@ -601,36 +541,33 @@ def write_json(path: Path, content: dict) -> None:
     path.with_suffix(".tmp").replace(path)
 
 
-def open_folder(args: Args) -> None:
-    """Makes the run folder; stops with exit code 2 where it holds a run with other settings."""
-    free = "run_dir total_timesteps clobber checkpoint_interval log_interval mode eval_episodes video platform"
-    if args.clobber:
-        shutil.rmtree(args.folder, ignore_errors=True)
-    if (args.folder / "args.json").exists():
-        old, new = json.loads((args.folder / "args.json").read_text()), json.loads(json.dumps(asdict(args)))
-        differ = [k for k in new if old.get(k) != new[k] and k not in [*free.split(), "distributed"]]
-        flags = ", ".join(f"--{k.replace('_', '-')} {new[k]} (there: {old.get(k)})" for k in differ)
-        if differ:
+def open_folder(args: Args, learner: LearnerState) -> tuple[ocp.CheckpointManager, LearnerState, np.ndarray]:
+    """Returns checkpoints, newest learner, seconds [4]. Stops (2) at a run that has other settings or is unreadable."""
+    free = "run_dir total_timesteps clobber checkpoint_interval log_interval mode eval_episodes video platform".split()
+    path, settings = args.folder / "args.json", json.loads(json.dumps(asdict(args)))
+    if jax.process_index() == 0 and args.mode == "train":
+        if args.clobber:
+            shutil.rmtree(args.folder, ignore_errors=True)
+        old = json.loads(path.read_text()) if path.exists() else settings
+        differ = [k for k, v in settings.items() if old.get(k) != v and k not in [*free, "distributed"]]
+        if flags := ", ".join(f"--{k.replace('_', '-')} {settings[k]} (there: {old.get(k)})" for k in differ):
             fail(f"{args.folder} holds a run with other settings: {flags}; choose another --exp-name, or --clobber")
-    (args.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    write_json(args.folder / "args.json", asdict(args))
-    shutil.copy(__file__, args.folder)
-
-
-def restore(args: Args, learner: LearnerState) -> tuple[ocp.CheckpointManager, tuple[LearnerState, Progress]]:
-    """Returns the folder's checkpoints (whole or absent, the last two kept), and the newest readable state or a new."""
-    S, processes = args.num_seeds, ocp.options.MultiprocessingOptions(active_processes={jax.process_index()})
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, create=False, multiprocessing_options=processes)
-    manager = ocp.CheckpointManager(args.folder / "checkpoints", options=options)
-    state = learner, Progress(np.full((S, 100), np.nan), np.zeros(S, np.int64), np.zeros(4))
+        (args.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        write_json(path, settings)
+        shutil.copy(__file__, args.folder)
+    if args.distributed:
+        multihost_utils.sync_global_devices("run folder")
+    mine = ocp.options.MultiprocessingOptions(active_processes={jax.process_index()})
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, create=False, multiprocessing_options=mine)
+    manager, state = ocp.CheckpointManager(args.folder / "checkpoints", options=options), (learner, np.zeros(4))
     for step in sorted(manager.all_steps(), reverse=True):
         try:
-            return manager, manager.restore(step, args=ocp.args.StandardRestore(state))
+            return manager, *manager.restore(step, args=ocp.args.StandardRestore(state))
         except Exception as error:  # whatever a damaged file makes of itself
-            fail(f"checkpoint {step} is damaged, trying the one before: {error}", code=0)
-    if manager.all_steps():
-        fail(f"--run-dir {args.folder} has no readable checkpoint: restore a backup, or start afresh with --clobber")
-    return manager, state
+            print(f"checkpoint {step} is damaged, trying the one before: {str(error)[:100]}", file=sys.stderr)
+    if manager.all_steps() or args.mode == "eval":
+        fail(f"--run-dir {args.folder} has no readable checkpoint: train, restore a backup, or start with --clobber")
+    return manager, *state
 
 
 def make_run(args: Args) -> tuple[Callable, RunnerState, nn.Module, LearnerState, Environment]:
@@ -641,10 +578,9 @@ def make_run(args: Args) -> tuple[Callable, RunnerState, nn.Module, LearnerState
     # On the CPU beside the environments; EnvPool's MuJoCo speaks float64, which nothing outside of here may
     with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
         env = make_env(args.env_id, env_seeds)
-        env_state, time_step = jax.block_until_ready(env.reset())
-        runner = RunnerState(env_state, time_step, (jnp.zeros(len(env_seeds), jnp.float32),) * 3)
-        network = ActorCritic(int(np.prod(env.action_space.shape)), args)
-        obs = jax.tree.map(lambda x: np.asarray(x[0, 0]), time_step.obs)
+        runner = RunnerState(*env.first, episode=(jnp.zeros(len(env_seeds), jnp.float32),) * 3)
+        network = ActorCritic(env.action_space, args)
+        obs = jax.tree.map(lambda x: np.asarray(x[0, 0]), runner.time_step.obs)
         init = jax.jit(partial(init_learner, obs=obs, network=network, args=args))
         learner = jax.tree.map(lambda *x: np.stack(x), *[init(np.uint32(seed)) for seed in seeds])  # [S, ...]
         act = jax.jit(partial(rollout, env=env, network=network, args=args))
@@ -661,17 +597,8 @@ def init_learner(seed: Array, obs: Any, network: nn.Module, args: Args) -> Learn
     identity = lambda x: RunningStats(jnp.zeros_like(x), jnp.ones_like(x), jnp.float32(1e-4))  # noqa: E731
     schedule = Schedule(*map(jnp.float32, (args.learning_rate, args.clip_coef, args.ent_coef, args.kl_coef)))
     state = params, make_optimizer(args).init(params), jax.tree.map(identity, obs), identity(jnp.float32(0))
-    return LearnerState(*state, schedule, key=jax.random.fold_in(key, 1), iteration=jnp.int32(0))
-
-
-def make_update(network: nn.Module, args: Args, mesh: Mesh) -> tuple[Callable, Callable, Callable]:
-    """Returns the jitted update of all seeds, and what puts learners and transitions of this process on its devices."""
-    specs = PartitionSpec("seed"), PartitionSpec("seed", None, "process")  # of leaves [S, ...] and [S, T, N, ...]
-    learn = jax.vmap(partial(update, network=network, args=args))
-    learn = jax.shard_map(learn, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
-    put = [partial(jax.make_array_from_process_local_data, NamedSharding(mesh, spec)) for spec in specs]
-    put_learner, put_transition = (lambda x, put=put: jax.tree.map(put, jax.device_get(x)) for put in put)
-    return jax.jit(learn, donate_argnums=0), put_learner, put_transition
+    counts = {"iteration": jnp.int32(0), "episodes": jnp.int32(0), "returns": jnp.full(100, jnp.nan, jnp.float32)}
+    return LearnerState(*state, schedule, key=jax.random.fold_in(key, 1), **counts)
 
 
 def open_writers(args: Args, network: nn.Module, runner: RunnerState, step: int) -> list[SummaryWriter]:
@@ -688,121 +615,92 @@ def open_writers(args: Args, network: nn.Module, runner: RunnerState, step: int)
 
 
 def log(writers: list, step: int, metrics: dict, transition: Transition, histograms: bool) -> None:
-    """Writes an iteration's metrics [S], and the means over the episodes that ended in it, to event files."""
+    """Writes an iteration's metrics [S], and histograms of its rollout, to event files."""
     for s, writer in enumerate(writers):
-        one = jax.tree.map(lambda x, s=s: np.asarray(x[s]), transition)
-        ended = (one.done * one.mask) > 0
-        names = ("episodic_return", "episodic_length") if ended.any() else ()
-        episodes = {name: getattr(one, name) for name in names}
-        scalars = {k: v[s] for k, v in metrics.items()} | {f"charts/{k}": v[ended].mean() for k, v in episodes.items()}
-        for name, value in scalars.items():
-            writer.add_scalar(name, value, step)
-        rollout = {"obs": one.obs, "action": one.action, "reward": one.reward} if histograms else {}
-        for path, leaf in jax.tree_util.tree_leaves_with_path(rollout):
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            writer.add_histogram(f"rollout/{name}", leaf.ravel(), step)
+        for name in [name for name in metrics if np.isfinite(metrics[name][s])]:
+            writer.add_scalar(name, metrics[name][s], step)
+        for name in ("obs", "action", "reward") if histograms else ():
+            values = [np.ravel(x[s]) for x in jax.tree.leaves(getattr(transition, name))]
+            writer.add_histogram(f"rollout/{name}", np.concatenate(values), step)
 
 
-def advance(progress: Progress, transition: Transition, seconds: list[float]) -> Progress:
-    """Returns the progress after one more rollout and update, with the episodes that ended and the seconds it took."""
-    ended = np.asarray(transition.done * transition.mask) > 0  # [S, T, N]
-    new = [x[e] for x, e in zip(np.asarray(transition.episodic_return), ended, strict=True)]
-    returns = [np.append(old, x)[-100:] for old, x in zip(progress.returns, new, strict=True)]
-    return Progress(np.stack(returns), progress.episodes + [len(x) for x in new], progress.seconds + seconds)
-
-
-def save(args: Args, manager: ocp.CheckpointManager, learner: LearnerState, progress: Progress) -> None:
+def save(args: Args, manager: ocp.CheckpointManager, learner: LearnerState, seconds: np.ndarray) -> None:
     """Writes a checkpoint and result.json. Stops with exit code 1 where that fails, the last good checkpoint kept."""
-    iteration, (compiling, acting, learning, total) = int(learner.iteration[0]), progress.seconds.tolist()
-    timesteps, seeds = iteration * args.num_envs * args.num_steps, list(range(args.seed, args.seed + args.num_seeds))
+    iteration, seeds = int(learner.iteration[0]), [args.seed + s for s in range(args.num_seeds)]
+    timesteps, (_, acting, compiling, learning) = iteration * args.num_envs * args.num_steps, seconds.tolist()
+    total = float(sum(seconds))
     spent = {"sps": total - compiling, "sps_with_compile": total, "sps_rollout": acting, "sps_update": learning}
-    returns = [float(np.nanmean(x)) if np.isfinite(x).any() else None for x in progress.returns]
+    returns = [float(np.nanmean(x)) if np.isfinite(x).any() else None for x in learner.returns]
     content = {"script": Path(__file__).name, "env_id": args.env_id, "args": asdict(args), "seeds": seeds}
-    content |= {"finished": iteration >= args.num_iterations, "timesteps": timesteps, "wall_time": total}
-    content |= {"episodes": progress.episodes.tolist(), "episodic_return": returns, "eval_return": None}
-    content |= {"compile_time": compiling} | {name: timesteps * len(seeds) / x for name, x in spent.items()}
+    content |= {"finished": iteration >= args.num_iterations, "timesteps": timesteps, "episodic_return": returns}
+    content |= {"wall_time": total, "compile_time": compiling, "episodes": learner.episodes.tolist()}
+    content |= {"eval_return": None} | {name: timesteps * len(seeds) / x for name, x in spent.items()}
     content |= {"versions": {name: version(name) for name in ("jax", "flax", "optax", "envpool", "gymnasium", "numpy")}}
-    content |= {
-        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores, {jax.process_count()} process(es)"
-    }
+    content |= {"device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {jax.process_count()} process(es)"}
     try:
-        manager.save(iteration, args=ocp.args.StandardSave((learner, progress)))
+        manager.save(iteration, args=ocp.args.StandardSave((learner, seconds)))
         manager.wait_until_finished()
         write_json(args.folder / "result.json", content)
     except (OSError, ValueError) as error:
         fail(f"--run-dir {args.folder} takes no checkpoint, the last good one stays; make room: {error}", code=1)
 
 
-def check_finite(metrics: dict, iteration: int, manager: ocp.CheckpointManager, bar: tqdm) -> None:
-    """Stops with exit code 1 at the first metric that is no number; parameters are among them by their norm."""
-    if bad := [name for name, value in metrics.items() if not np.isfinite(value).all()]:
-        bar.close()
-        fail(f"iteration {iteration}: {bad[0]} is not finite; checkpoint {manager.latest_step()} stays", code=1)
-
-
 def train(args: Args, mesh: Mesh) -> None:
     """Trains to the end, from the newest checkpoint if there is one; SIGINT and SIGTERM end it after the iteration."""
-    clock, signals, chief = time.perf_counter, [], jax.process_index() == 0
-    began, batch_size = clock(), args.num_envs * args.num_steps
+    clock, began, signals, chief = time.perf_counter, time.perf_counter(), [], jax.process_index() == 0
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: signals.append(number))
-    if chief:
-        open_folder(args)
     act, runner, network, learner, _env = make_run(args)  # a pool freed too early takes the process with it
-    manager, (learner, progress) = restore(args, learner)
-    first = int(learner.iteration[0])
-    if first >= args.num_iterations:
+    manager, learner, seconds = open_folder(args, learner)
+    first, total, batch_size = int(learner.iteration[0]), args.num_iterations, args.num_envs * args.num_steps
+    if first >= total:
         return print(f"{args.folder} is finished, {first * batch_size} steps: raise --total-timesteps, or --clobber")
     writers = open_writers(args, network, runner, first * batch_size) if chief else []
-    learn, put_learner, put_transition = make_update(network, args, mesh)
-    learner, compiled = put_learner(learner), clock()
-    progress = progress._replace(seconds=progress.seconds + np.array([compiled - began, 0, 0, compiled - began]))
-    live, printed = chief and sys.stderr.isatty(), 0.0
-    bar = tqdm(total=args.num_iterations * batch_size, initial=first * batch_size, unit="step", disable=not live)
-    for iteration in range(first, args.num_iterations):
-        began = clock()
+    specs = PartitionSpec("seed"), PartitionSpec("seed", None, "process")  # of leaves [S, ...] and [S, T, N, ...]
+    learn = jax.vmap(partial(update, network=network, args=args))
+    learn = jax.shard_map(learn, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
+    learn, put = jax.jit(learn, donate_argnums=0), multihost_utils.host_local_array_to_global_array
+    learner = put(learner, mesh, specs[0])
+    plain = {"mininterval": 10, "bar_format": "{n_fmt} of {total_fmt} steps, {rate_fmt}, {remaining} left{postfix}\n"}
+    steps = {"total": total * batch_size, "initial": first * batch_size, "unit": "step", "unit_scale": args.num_seeds}
+    marks, bar = [clock()], tqdm(disable=not chief, **steps, **({} if sys.stderr.isatty() else plain))
+    seconds = seconds + np.array([0, 0, marks[0] - began, 0])
+    for iteration in range(first + 1, total + 1):
+        marks = [marks[-1], clock()]
         runner, transition = jax.block_until_ready(act(runner, jax.device_get(learner._replace(opt_state=None))))
-        acted = clock()
-        data = put_transition(transition)
-        learn = learn.lower(learner, data).compile() if iteration == first else learn
-        compiled = clock()
+        marks.append(clock())
+        data = put(jax.device_get(transition), mesh, specs[1])
+        learn = learn.lower(learner, data).compile() if iteration == first + 1 else learn
+        marks.append(clock())
         learner, metrics = learn(learner, data)
-        metrics, learned = jax.device_get(metrics), clock()
-        check_finite(metrics, iteration, manager, bar)
-        done = iteration + 1
-        if chief and done % args.log_interval == 0:
-            metrics["charts/SPS"] = np.full(args.num_seeds, args.num_seeds * batch_size / (learned - began))
-            log(writers, done * batch_size, metrics, transition, done % (10 * args.log_interval) == 0)
-        progress = advance(progress, transition, [compiled - acted, acted - began, learned - compiled, clock() - began])
+        metrics = jax.device_get(metrics)
+        marks.append(clock())
+        seconds = seconds + np.diff(marks)
+        if bad := [name for name in metrics if "charts" not in name and not np.isfinite(metrics[name]).all()]:
+            bar.close()
+            fail(f"iteration {iteration}: {bad[0]} is not finite; checkpoint {manager.latest_step()} stays", code=1)
+        if iteration % args.log_interval == 0:
+            metrics["charts/SPS"] = np.full(args.num_seeds, args.num_seeds * batch_size / (marks[-1] - marks[0]))
+            log(writers, iteration * batch_size, metrics, transition, iteration % (10 * args.log_interval) == 0)
+        bar.set_postfix_str(f"return {np.nanmean(metrics['charts/episodic_return']):.1f}", refresh=False)
         bar.update(batch_size)
-        score = np.nanmean(progress.returns) if progress.episodes.any() else np.nan
-        bar.set_postfix({"return": f"{score:.1f}"})
-        if chief and not live and clock() - printed > 10:
-            printed, speed = clock(), args.num_seeds * batch_size / (learned - began)
-            print(
-                f"{done * batch_size} of {args.total_timesteps} steps, {speed:.0f} steps/s, return {score:.1f}",
-                flush=True,
-            )
         if args.distributed:
             signals = [int(multihost_utils.process_allgather(np.array([*signals, 0])[0]).max())]
-        stop = any(signals) or done == args.num_iterations
-        if chief and (stop or done % args.checkpoint_interval == 0):
-            save(args, manager, jax.device_get(learner), progress)
+        if chief and (any(signals) or iteration == total or iteration % args.checkpoint_interval == 0):
+            save(args, manager, jax.device_get(learner), seconds)
         if any(signals):
             sys.exit(128 + signals[0])
 
 
 def evaluate(asked: Args) -> None:
     """Runs the newest checkpoint's policies, one episode in each of many environments, and says how they did."""
-    if not (asked.folder / "args.json").exists():
-        fail(f"--run-dir {asked.folder} holds no run: train first, or name its folder")
-    saved = json.loads((asked.folder / "args.json").read_text()) | {"num_envs": asked.eval_episodes, "num_steps": 100}
-    args = Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()} | {"mode": "eval"})
-    args = replace(args, run_dir=str(asked.folder), video=asked.video)
+    if not ((folder := asked.folder) / "args.json").exists():
+        fail(f"--run-dir {folder} holds no run: train first, or name its folder")
+    saved = json.loads((folder / "args.json").read_text()) | {"mode": "eval", "run_dir": str(folder), "num_steps": 100}
+    args = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+    args = Args(**args | {"num_envs": asked.eval_episodes})
     act, runner, network, learner, env = make_run(args)
-    manager, (learner, _) = restore(args, learner)
-    if manager.latest_step() is None:
-        fail(f"--run-dir {args.folder} has no checkpoint to evaluate: train first")
+    _, learner, _ = open_folder(args, learner)
     returns = np.full((args.num_seeds, args.num_envs), np.nan)
     while np.isnan(returns).any():
         runner, transition = act(runner, learner._replace(opt_state=None))
@@ -813,35 +711,30 @@ def evaluate(asked: Args) -> None:
     for seed, row in enumerate(rows, args.seed):
         solved = "" if env.threshold is None else f"; solved from {env.threshold:g}: {row['mean'] >= env.threshold}"
         print(f"seed {seed}: return {row['mean']:.2f} +- {row['std']:.2f} over {row['episodes']} episodes{solved}")
-    saved = json.loads((args.folder / "result.json").read_text())
-    write_json(args.folder / "result.json", saved | {"eval_return": rows})
-    if args.video:
+    write_json(folder / "result.json", json.loads((folder / "result.json").read_text()) | {"eval_return": rows})
+    if asked.video:
         film(args, env, network, jax.tree.map(lambda x: x[0], learner))
 
 
 def film(args: Args, env: Environment, network: nn.Module, learner: LearnerState) -> None:
     """Films one deterministic episode as videos/<env-id>.mp4 and .gif, MuJoCo through Gymnasium's own environment."""
-    import imageio.v3 as iio
-
     os.environ.setdefault("MUJOCO_GL", "egl")
-    specs, apply = envpool.registration.registry.specs, jax.jit(partial(network.apply, method="policy"))
-    own = args.env_id in specs and "mujoco" not in specs[args.env_id][0]
+    native = "mujoco" not in str(envpool.registration.registry.specs.get(args.env_id, "mujoco"))
+    make, apply = partial(envpool.make, env_type="gymnasium") if native else gymnasium.make_vec, jax.jit(network.apply)
     try:
-        make = partial(envpool.make, env_type="gymnasium") if own else gymnasium.make_vec
-        vector, frames, done = make(args.env_id, num_envs=1, render_mode="rgb_array"), [], [False]
+        vector, frames, done = make(args.env_id, num_envs=1, render_mode="rgb_array"), [], False
         obs, _ = vector.reset()
-        while not done[0]:
+        while not np.any(done):
             frames.append(np.asarray(vector.render()[0]))
             obs = jax.tree.map(lambda x, s: normalize(np.float32(x), s, args.clip_obs), obs, learner.obs_stats)
-            action = bounded(apply(learner.params, obs).mean, env.action_space, args.scale_actions)
-            obs, _, terminated, truncated, _ = vector.step(np.asarray(action))
-            done = terminated | truncated
+            action = bounded(apply(learner.params, obs)[0].mean, env.action_space, args)
+            obs, _, *done, _ = vector.step(np.asarray(action))
     except Exception as error:  # no OpenGL, no such environment in Gymnasium: whatever keeps a renderer from working
-        return fail(f"--video: {args.env_id} cannot be filmed here, see the README: {error}", code=0)
+        return print(f"--video: {args.env_id} cannot be filmed, see README: {str(error)[:99]}", file=sys.stderr)
     path = args.folder / "videos" / args.env_id.replace("/", "_").replace(":", "_")
     path.parent.mkdir(exist_ok=True)
-    iio.imwrite(f"{path}.mp4", np.stack(frames), fps=30)
-    iio.imwrite(f"{path}.gif", np.stack(frames)[:300:3, ::2, ::2], duration=100, loop=0)
+    imageio.v3.imwrite(f"{path}.mp4", np.stack(frames), fps=30)
+    imageio.v3.imwrite(f"{path}.gif", np.stack(frames)[:300:3, ::2, ::2], duration=100, loop=0)
     print(f"filmed {len(frames)} steps: {path}.mp4, {path}.gif")
 
 
@@ -849,10 +742,7 @@ def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     mesh = configure(args)
     validate(args)
-    if args.mode == "train":
-        train(args, mesh)
-    else:
-        evaluate(args)
+    train(args, mesh) if args.mode == "train" else evaluate(args)
 
 
 if __name__ == "__main__":

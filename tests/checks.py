@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import reference
+from gymnasium.spaces import Box
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 T, N, D, U = 16, 4, 3, 2
+SPACE = Box(-1, 1, (U,), np.float32)
 
 
 def flags(rng, shape):
@@ -109,8 +111,6 @@ def check_distribution(ppo):
 class Direct:
     """A network whose parameters are its outputs, so that the loss alone is tested."""
 
-    action_size = U
-
     def __init__(self, ppo):
         self.ppo = ppo
 
@@ -183,7 +183,7 @@ def small_args(ppo, **changes):
 
 def start(ppo, args):
     """Returns the network, a learner in float64 with grown-up statistics, and a rollout of the script's type."""
-    network = ppo.ActorCritic(U, args)
+    network = ppo.ActorCritic(SPACE, args)
     rng = np.random.default_rng(4)
     r = rollout(rng)
     with jax.enable_x64(True):
@@ -200,9 +200,8 @@ def start(ppo, args):
     return network, learner, ppo.Transition(**r | {"obs": r["obs"][:, :, None]}), r
 
 
-def layers(tree):
-    names = sorted(tree, key=lambda name: int(name.rsplit("_", 1)[1]))
-    return [(np.asarray(tree[n]["kernel"]), np.asarray(tree[n]["bias"])) for n in names]
+def layers(tree, name):
+    return [tuple(np.asarray(tree[f"{name}_{i}"][k]) for k in ("kernel", "bias")) for i in range(3)]
 
 
 def orders(learner, args):
@@ -222,7 +221,7 @@ def check_update(ppo):
         args = small_args(ppo, **changes)
         network, learner, transition, r = start(ppo, args)
         p = learner.params["params"]
-        nets = layers(p["mean"]), np.asarray(p["log_std"]), layers(p["critic"])
+        nets = layers(p, "mean"), np.asarray(p["log_std"]), layers(p, "critic")
         stats = {"obs": tuple(map(np.asarray, learner.obs_stats)), "ret": tuple(map(np.asarray, learner.return_stats))}
         left = 1 - 3 / args.num_iterations
         s = vars(args) | {
@@ -234,8 +233,8 @@ def check_update(ppo):
         with jax.enable_x64(True):
             new, metrics = jax.jit(lambda a, b: ppo.update(a, b, network, args))(learner, transition)  # noqa: B023
             (actor, log_std, critic), new_stats, seen = reference.update(nets, r, stats, orders(learner, args), rate, s)
-        p, close = new.params["params"], {"rtol": 1e-9, "atol": 1e-9}
-        for mine, theirs in zip(layers(p["mean"]) + layers(p["critic"]), actor + critic, strict=True):
+        p, close = new.params["params"], {"rtol": 1e-11, "atol": 1e-11}
+        for mine, theirs in zip(layers(p, "mean") + layers(p, "critic"), actor + critic, strict=True):
             np.testing.assert_allclose(mine[0], theirs[0], **close)
             np.testing.assert_allclose(mine[1], theirs[1], **close)
         np.testing.assert_allclose(p["log_std"], log_std, **close)
@@ -262,13 +261,10 @@ def check_env_step(ppo):
         obs = jnp.stack([n, episode]).astype(jnp.float32)[None, None]
         return (n, episode), ppo.TimeStep(obs, one(reward, jnp.float32), one(terminated, bool), one(truncated, bool))
 
-    import gymnasium
-
-    space = gymnasium.spaces.Box(-1, 1, (U,), np.float32)
-    env = ppo.Environment(None, step, space, None)
+    env = ppo.Environment(None, step, SPACE, None)
     none, zero = jnp.zeros(1, bool), jnp.zeros(1)
     runner = ppo.RunnerState((0, 0), ppo.TimeStep(jnp.zeros((1, 1, 2)), zero, none, none), (zero, zero, zero))
-    network = ppo.ActorCritic(U, args)
+    network = ppo.ActorCritic(SPACE, args)
     learner = ppo.init_learner(np.uint32(0), np.zeros(2, np.float32), network, args)
     learner = jax.tree.map(lambda x: x[None], learner)
     _, t = ppo.rollout(runner, learner, env, network, args)
@@ -285,18 +281,16 @@ def check_env_step(ppo):
     key = jax.random.fold_in(learner.key[0], 0)
     noise = np.asarray(jax.random.normal(key, (8, 1, U), jnp.float32))[:, 0]
     one = jax.tree.map(lambda x: x[0], learner)
-    mean = network.apply(one.params, t.obs[:8, 0], method="policy").mean
+    mean = network.apply(one.params, t.obs[:8, 0])[0].mean
     np.testing.assert_allclose(t.action, mean + noise, rtol=1e-5, atol=1e-6)
 
 
 def check_bounds(ppo):
-    from gymnasium.spaces import Box
-
     action = np.array([[-2, -1, 0, 0.5, 3]], np.float32)
     space = Box(np.float32([-1, 0, 2, 0, -np.inf]), np.float32([1, 4, 6, 2, np.inf]), dtype=np.float32)
-    np.testing.assert_allclose(ppo.bounded(action, space, True), [[-1, 0, 4, 1.5, 3]])
-    np.testing.assert_allclose(ppo.bounded(action, space, False), [[-1, 0, 2, 0.5, 3]])
-    assert ppo.bounded(np.zeros((3, 4), np.float32), Box(-1, 1, (2, 2)), True).shape == (3, 2, 2)
+    np.testing.assert_allclose(ppo.bounded(action, space, ppo.Args()), [[-1, 0, 4, 1.5, 3]])
+    np.testing.assert_allclose(ppo.bounded(action, space, ppo.Args(scale_actions=False)), [[-1, 0, 2, 0.5, 3]])
+    assert ppo.bounded(np.zeros((3, 4), np.float32), Box(-1, 1, (2, 2)), ppo.Args()).shape == (3, 2, 2)
 
 
 CHECKS = [v for k, v in dict(globals()).items() if k.startswith("check_")]

@@ -27,7 +27,7 @@ def definitions(path):
         names = [getattr(node, "name", None)] if hasattr(node, "name") else []
         names += [n.id for t in getattr(node, "targets", []) for n in ast.walk(t) if isinstance(n, ast.Name)]
         first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
-        while first > 1 and lines[first - 2].startswith("#"):
+        while first > 1 and lines[first - 2].startswith("#") and not lines[first - 2].startswith("# ---"):
             first -= 1
         found |= dict.fromkeys(names, "\n".join(lines[first - 1 : node.end_lineno]))
     return found
@@ -80,9 +80,13 @@ def test_every_flag_is_read_and_explained(path):
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
 def test_form(path):
-    """Banners in their order; every function and class explained; no function longer than a screen."""
+    """Banners in their order; every function explained; file, algorithm and functions within their limits."""
     source = path.read_text()
-    assert ", ".join(x[6:-4] for x in source.splitlines() if x.startswith("# --- ")) == BANNERS
+    lines = source.splitlines()
+    banners = [x[6:-4] for x in lines if x.startswith("# --- ")]
+    assert ", ".join(banners) == BANNERS
+    assert len(lines) <= 750
+    assert lines.index("# --- Environments ---") - lines.index("# --- State ---") <= 280
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 60, node.name
