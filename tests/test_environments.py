@@ -64,7 +64,7 @@ def test_rollout_is_what_envpool_itself_does(ppo):
     obs, _ = pool.reset()
     for i in range(60):
         np.testing.assert_allclose(t.obs[i, :, 0], obs, rtol=1e-6, atol=1e-6)
-        action = np.asarray(ppo.bounded(t.action[i], env.action_space, True))
+        action = np.asarray(ppo.bounded(t.action[i], env.action_space, ppo.Args()))
         obs, reward, terminated, truncated, _ = pool.step(action.astype(np.float64))
         np.testing.assert_allclose(t.reward[i], reward, rtol=1e-6)
         np.testing.assert_array_equal(t.done[i], terminated | truncated)
