@@ -85,9 +85,9 @@ class Args:
     num_minibatches: int = 32  # M, minibatches per epoch
     update_epochs: int = 10  # E, passes over the rollout
     objective: Literal["clip", "kl-penalty"] = "clip"  # clipped surrogate, or surrogate with adaptive KL penalty
-    clip_coef: float = 0.2  # bound on |ratio - 1|, and on changes of the value
+    clip_coef: float = 0.2  # epsilon, the bound on |ratio - 1|
     anneal_clip: bool = False  # clip range linearly to zero over the run
-    clip_vloss: bool = True  # clip changes of the value, too
+    clip_vloss: bool = True  # bound changes of the value by epsilon, too
     norm_adv: bool = True  # normalise advantages in each minibatch
     recompute_advantages: bool = False  # advantages and targets anew before each epoch, not once per rollout
     ent_coef: float = 0.0  # weight of the entropy bonus
@@ -398,6 +398,7 @@ def update(learner: LearnerState, transition: Transition, network: nn.Module, ar
     new = {"obs_stats": obs_stats, "return_stats": return_stats, "schedule": given, "iteration": learner.iteration + 1}
     returns = jnp.concatenate([learner.returns, jnp.where(ended > 0, transition.episodic_return, jnp.nan).ravel()])
     new |= {"returns": returns[jnp.argsort(~jnp.isnan(returns), stable=True)[-100:]]}
+    metrics |= {"charts/episodic_return_100": jnp.nanmean(new["returns"])}
     return learner._replace(**new, episodes=learner.episodes + jnp.sum(ended).astype(jnp.int32)), metrics
 
 
@@ -416,9 +417,9 @@ class Environment(NamedTuple):  # S*N environments behind two functions
     threshold: float | None  # mean return at which the environment counts as solved
 
 
-def make_env(env_id: str, env_seeds: list[int]) -> Environment:
+def make_env(args: Args, env_seeds: list[int]) -> Environment:
     """Returns one environment per seed. Stops with exit code 2 if the id is unknown or its actions are not a Box."""
-    known = [*envpool.list_all_envs(), *gymnasium.registry]
+    known, env_id = [*envpool.list_all_envs(), *gymnasium.registry], args.env_id
     if env_id not in known and ":" not in env_id:
         fail(f"--env-id {env_id} is unknown; nearest: {', '.join(difflib.get_close_matches(env_id, known)) or 'none'}")
     try:
@@ -577,7 +578,7 @@ def make_run(args: Args) -> tuple[Callable, RunnerState, nn.Module, LearnerState
     env_seeds = env_seeds[:, jax.process_index() * local :][:, :local].ravel().tolist()
     # On the CPU beside the environments; EnvPool's MuJoCo speaks float64, which nothing outside of here may
     with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
-        env = make_env(args.env_id, env_seeds)
+        env = make_env(args, env_seeds)
         runner = RunnerState(*env.first, episode=(jnp.zeros(len(env_seeds), jnp.float32),) * 3)
         network = ActorCritic(env.action_space, args)
         obs = jax.tree.map(lambda x: np.asarray(x[0, 0]), runner.time_step.obs)
@@ -682,7 +683,7 @@ def train(args: Args, mesh: Mesh) -> None:
         if iteration % args.log_interval == 0:
             metrics["charts/SPS"] = np.full(args.num_seeds, args.num_seeds * batch_size / (marks[-1] - marks[0]))
             log(writers, iteration * batch_size, metrics, transition, iteration % (10 * args.log_interval) == 0)
-        bar.set_postfix_str(f"return {np.nanmean(metrics['charts/episodic_return']):.1f}", refresh=False)
+        bar.set_postfix_str(f"return {metrics['charts/episodic_return_100'].mean():.1f}", refresh=False)
         bar.update(batch_size)
         if args.distributed:
             signals = [int(multihost_utils.process_allgather(np.array([*signals, 0])[0]).max())]
