@@ -54,7 +54,7 @@ from tqdm import tqdm
 @dataclass(frozen=True)  # hashable; the comments are the help texts
 class Args:
     # Run
-    env_id: str = "HalfCheetah-v4"  # environment of EnvPool or Gymnasium, or module:EnvId (module is imported first)
+    env_id: str = "HalfCheetah-v4"  # of EnvPool or Gymnasium, or module:EnvId (module is imported first)
     seed: int = 1  # random seed; of several, the first
     num_seeds: int = 1  # S, independent runs in this process, with seeds seed, seed + 1, ...
     total_timesteps: int = 1_000_000  # environment steps per seed

@@ -207,3 +207,73 @@ def update(nets, rollout, stats, orders, learning_rate, s):
             layers = list(zip(params[:-1:2], params[1:-1:2], strict=True))
             actor, critic, log_std = layers[: len(actor)], layers[len(actor) :], params[-1]
     return (actor, log_std, critic), new_stats, {k: np.mean([m[k] for m in seen]) for k in seen[0]}
+
+
+# --- PPO-CMA, arXiv 1810.02541: each sample by itself, covariances as matrices ---
+
+
+def covariance(log_std, skew):
+    """Returns the covariance [U, U] whose Cholesky factor is diag(std) (1 + skew)."""
+    factor = np.diag(np.exp(log_std)) @ (np.eye(len(log_std)) + np.tril(skew, -1))
+    return factor @ factor.T
+
+
+def log_prob_full(mean, cov, action):
+    """Returns the log density of one action [U] under a Gaussian with any covariance."""
+    x = np.asarray(action) - mean
+    return -0.5 * (x @ np.linalg.inv(cov) @ x + math.log(np.linalg.det(2 * math.pi * cov)))
+
+
+def cma_std_loss(advantage, mean, covs, action):
+    terms = [max(a, 0.0) * log_prob_full(*row) for a, *row in zip(advantage, mean, covs, action, strict=True)]
+    return -sum(terms) / len(terms)
+
+
+def cma_mean_loss(advantage, mean, covs, action, old_mean, mirror, full):
+    """The loss of the mean; mirror: also -A times the kernel for the mirror image of an action with A < 0."""
+    total = 0.0
+    for a, m, cov, x, old in zip(advantage, mean, covs, action, old_mean, strict=True):
+        if a > 0:
+            total -= a * log_prob_full(m, cov, x)
+        elif mirror:
+            d = x - old
+            if full:
+                kernel = math.exp(-0.5 * d @ np.linalg.inv(cov) @ d / len(d))
+            else:
+                kernel = sum(math.exp(-0.5 * d[i] ** 2 / cov[i, i]) for i in range(len(d))) / len(d)
+            total -= -a * kernel * log_prob_full(m, cov, old - d)
+    return total / len(advantage)
+
+
+def critic_loss(value, target, kind):
+    total = 0.0
+    for v, t in zip(value, target, strict=True):
+        e = abs(v - t)
+        total += {"l1": e, "l2": e * e, "soft-l1": e * e if e <= 0.5 else e - 0.25}[kind]
+    return total / len(value)
+
+
+def decisions(t, repeat):
+    """Returns, per environment, a list of (first step, reward, terminated, done, mask-like next index) of decisions.
+
+    t is a dict of [T, N]; the next index is that of the row whose observation follows the decision.
+    """
+    T, N = t["mask"].shape
+    found = []
+    for n in range(N):
+        mine, step = [], 0
+        while step < T:
+            length = t["episodic_length"][step, n]
+            if not t["mask"][step, n] or (length - 1) % repeat:
+                step += 1
+                continue
+            first, reward, terminated, done = step, 0.0, 0.0, 0.0
+            for _ in range(repeat):
+                reward += t["reward"][step, n]
+                terminated, done = t["terminated"][step, n], t["done"][step, n]
+                step += 1
+                if done or step == T:
+                    break
+            mine.append((first, reward, terminated, done, step))
+        found.append(mine)
+    return found

@@ -1,0 +1,284 @@
+"""ppo_cma.py: its losses, its decisions, its variance's behaviour, and what it shares with ppo_continuous.py."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from conftest import ROOT, load
+from gymnasium.spaces import Box
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+B, U = 24, 3
+
+
+@pytest.fixture(scope="session")
+def cma():
+    return load(ROOT / "ppo_cma.py")
+
+
+class Direct:
+    """A network whose parameters are its outputs, so that the losses alone are tested."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def apply(self, params, obs, time=0.0):
+        mean, log_std, skew, value = params
+        extra = () if not hasattr(self.module, "critic_loss") else (None if skew is None else jnp.tril(skew, -1),)
+        return self.module.Gaussian(mean, log_std, *extra), value
+
+
+def case(full, seed=0):
+    rng = np.random.default_rng(seed)
+    mean, log_std, value = rng.normal(0, 1, (B, U)), rng.normal(0, 0.3, (B, U)), rng.normal(0, 1, B)
+    skew = rng.normal(0, 0.5, (B, U, U)) if full else None
+    covs = [reference.covariance(s, k) for s, k in zip(log_std, skew if full else np.zeros((B, U, U)), strict=True)]
+    data = {"advantage": rng.normal(0, 1, B), "action": mean + rng.normal(0, 1, (B, U)), "target": rng.normal(0, 1, B)}
+    data |= {"mean": mean + rng.normal(0, 0.3, (B, U)), "log_prob": rng.normal(-3, 0.3, B)}
+    return (mean, log_std, skew, value), covs, data
+
+
+def numeric(f, x, index, h=1e-6):
+    ends = []
+    for sign in (1, -1):
+        moved = np.array(x)
+        moved[index] += sign * h
+        ends.append(f(moved))
+    return (ends[0] - ends[1]) / (2 * h)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["diagonal", "full"])
+def test_log_prob_sample_and_losses(cma, full):
+    """Against matrices and loops in NumPy; gradients against central differences of the NumPy losses."""
+    params, covs, d = case(full)
+    mean, log_std, skew, value = params
+    covariance = "full" if full else "diagonal"
+    with jax.enable_x64(True):
+        batch = cma.Batch(obs=None, time=None, **{k: jnp.asarray(v) for k, v in d.items()})
+        policy = Direct(cma).apply(params, None)[0]
+        expected = [reference.log_prob_full(*row) for row in zip(mean, covs, d["action"], strict=True)]
+        np.testing.assert_allclose(cma.log_prob(policy, d["action"]), expected, **CLOSE)
+        noise = cma.standardize(policy, d["action"])  # sampling undoes it
+        np.testing.assert_allclose(cma.sample_action(policy, noise), d["action"], **CLOSE)
+        expected = [0.5 * np.log(np.linalg.det(2 * np.pi * np.e * c)) for c in covs]
+        np.testing.assert_allclose(cma.entropy(policy), expected, **CLOSE)
+        # variance
+        args = cma.Args(covariance=covariance)
+        loss, grad = jax.value_and_grad(cma.cma_std_loss)(params, batch, Direct(cma), args)
+        np.testing.assert_allclose(loss, reference.cma_std_loss(d["advantage"], mean, covs, d["action"]), **CLOSE)
+
+        def by_log_std(x):
+            c = [reference.covariance(s, k) for s, k in zip(x, skew if full else np.zeros((B, U, U)), strict=True)]
+            return reference.cma_std_loss(d["advantage"], mean, c, d["action"])
+
+        for index in [(0, 0), (3, 1), (7, 2)]:
+            np.testing.assert_allclose(grad[1][index], numeric(by_log_std, log_std, index), rtol=1e-5, atol=1e-8)
+        # mean, with and without mirroring
+        for algorithm in ("ppo-cma-m", "ppo-cma"):
+            args = cma.Args(covariance=covariance, algorithm=algorithm)
+            loss, grad = jax.value_and_grad(cma.cma_mean_loss)(params, batch, Direct(cma), args)
+
+            def by_mean(x):
+                rest = covs, d["action"], d["mean"], algorithm == "ppo-cma-m", full  # noqa: B023
+                return reference.cma_mean_loss(d["advantage"], x, *rest)
+
+            np.testing.assert_allclose(loss, by_mean(mean), **CLOSE)
+            for index in [(0, 0), (3, 1), (7, 2), (11, 0)]:
+                np.testing.assert_allclose(grad[0][index], numeric(by_mean, mean, index), rtol=1e-5, atol=1e-8)
+        # critic
+        for kind in ("l1", "l2", "soft-l1"):
+            loss = cma.critic_loss(params, batch, Direct(cma), cma.Args(value_loss=kind))
+            np.testing.assert_allclose(loss, reference.critic_loss(value, d["target"], kind), **CLOSE)
+
+
+def test_ppo_mode_is_ppo_continuous(cma, ppo):
+    """The same loss and gradient of the policy, and the same step of Adam where nothing is clipped."""
+    (mean, log_std, _, value), _, d = case(full=False)
+    log_prob = [reference.log_prob(*row) for row in zip(d["mean"], log_std, d["action"], strict=True)]
+    with jax.enable_x64(True):
+        args = cma.Args(algorithm="ppo", clip_coef=0.2, ent_coef=0.03)
+        batch = cma.Batch(obs=None, time=None, **d | {"log_prob": np.array(log_prob)})
+        mine = jax.value_and_grad(cma.policy_loss)((mean, log_std, None, value), batch, Direct(cma), args)
+        theirs_args = ppo.Args(vf_coef=0.0)
+        old, rest = ppo.Gaussian(d["mean"], log_std), (np.array(log_prob), value, d["advantage"], d["target"])
+        theirs_batch = ppo.Batch(None, d["action"], old, *rest, np.ones(B))
+        schedule = ppo.Schedule(*map(np.float64, (1e-3, 0.2, 0.03, 1.0)))
+        theirs = jax.value_and_grad(ppo.ppo_loss, has_aux=True)
+        (loss, _), grad = theirs((mean, log_std, None, value), theirs_batch, schedule, Direct(ppo), theirs_args)
+    np.testing.assert_allclose(mine[0], loss, rtol=1e-12)
+    for a, b in zip(mine[1][:2], grad[:2], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14)
+
+
+def scripted_steps(rng, T=41, N=3):
+    """Returns a dict of [T, N]: simulation steps with episodes of odd and even lengths that end in both ways."""
+    t = {k: np.zeros((T, N)) for k in ("reward", "terminated", "done", "mask", "episodic_length")}
+    for n in range(N):
+        length, end, resetting = n, 7 + n, False  # the first episodes began before
+        for step in range(T):
+            if resetting:
+                length, end, resetting = 0, rng.integers(2, 9), False
+                continue
+            length += 1
+            t["mask"][step, n], t["episodic_length"][step, n] = 1, length
+            t["reward"][step, n] = rng.normal()
+            if length == end:
+                resetting = True
+                t["done"][step, n], t["terminated"][step, n] = 1, rng.random() < 0.5
+    return t
+
+
+@pytest.mark.parametrize("repeat", [1, 2, 3])
+def test_decisions_and_their_advantages(cma, repeat):
+    """Each decision's reward, end, time and next observation against a loop; advantages against the reference's GAE."""
+    rng = np.random.default_rng(repeat)
+    t = scripted_steps(rng)
+    T, N = t["mask"].shape
+    index = np.broadcast_to(np.arange(T + 1.0)[:, None], (T + 1, N))  # observations that tell their row
+    zero = np.zeros((T, N))
+    steps = cma.Transition(obs=index, action=index[:-1, :, None], **t, episodic_return=zero, discounted_return=zero)
+    with jax.enable_x64(True):
+        new, time = jax.tree.map(np.asarray, cma.decisions(steps, repeat))
+        value = rng.normal(0, 1, T + 1)[np.asarray(new.obs, int)]
+        advantage, _ = cma.compute_gae(new, value, 0.9, 0.8)
+    seen = 0
+    for n, mine in enumerate(reference.decisions(t, repeat)):
+        rows = np.flatnonzero(new.mask[:, n])
+        assert len(rows) == len(mine)
+        for row, (first, reward, terminated, done, after) in zip(rows, mine, strict=True):
+            assert new.obs[row, n] == first and new.action[row, n, 0] == first
+            assert new.obs[row + 1, n] == after  # the true next observation
+            np.testing.assert_allclose(new.reward[row, n], reward)
+            assert (new.terminated[row, n], new.done[row, n]) == (terminated, done)
+            assert time[row, n] == (t["episodic_length"][first, n] - 1) / repeat
+            seen += 1
+        total = 0.0
+        for row in rows[::-1]:  # backwards, by hand
+            delta = new.reward[row, n] + 0.9 * value[row + 1, n] * (1 - new.terminated[row, n]) - value[row, n]
+            total = delta + 0.72 * (1 - new.done[row, n]) * total
+            np.testing.assert_allclose(advantage[row, n], total, rtol=1e-10)
+    assert seen > 20
+
+
+def test_scaler_is_the_mean_over_iterations_and_never_grows(cma):
+    rng = np.random.default_rng(0)
+    scaler, squares, scale = cma.Scaler(np.zeros(2), np.ones(2), np.float64(0)), [], np.ones(2)
+    with jax.enable_x64(True):
+        for size in (3.0, 0.1, 5.0):
+            x, mask = size * rng.normal(0, 1, (6, 4, 2)), (rng.random((6, 4)) < 0.7).astype(float)
+            scaler = cma.update_scaler(x, scaler, mask)
+            squares.append(np.square(x[mask > 0]).mean(axis=0))
+            scale = np.minimum(scale, 1 / (2 * np.sqrt(np.mean(squares, axis=0)) + 0.001))
+            np.testing.assert_allclose(scaler.scale, scale, **CLOSE)
+            np.testing.assert_allclose(cma.normalize(x, scaler, np.inf), x * scale, **CLOSE)
+
+
+def bandit(cma, **settings):
+    """Returns a network, a learner and a rollout of one-step episodes, of which every third row is none."""
+    args = cma.Args(num_envs=30, num_steps=2, action_repeat=1, batch_size=16, num_updates=3, init_updates=5, **settings)
+    network = cma.ActorCritic(Box(-2, 2, (U,), np.float32), args)
+    learner = cma.init_learner(np.uint32(3), np.zeros(2, np.float32), network, args)
+    rng, shape = np.random.default_rng(1), (args.num_steps, args.num_envs)
+    mask = (np.arange(60).reshape(shape) % 3 > 0).astype(np.float32)
+    flat = [np.float32(x) for x in (rng.normal(0, 1, shape), mask, mask, mask, mask, mask, mask)]
+    obs = rng.normal(0, 1, (3, 30, 1, 2)).astype(np.float32)
+    return args, network, learner, cma.Transition(obs, rng.normal(0, 1, (*shape, U)).astype(np.float32), *flat)
+
+
+def test_minibatches_hold_decisions_of_all_remembered_iterations(cma):
+    args, network, learner, transition = bandit(cma, history_size=3)
+    update = jax.jit(lambda a, b: cma.update(a, b, network, args))
+    for i in range(4):
+        number = np.where(transition.mask > 0, i + 1.0, np.nan).astype(np.float32)  # nan: must never be read
+        obs = transition.obs.copy()
+        obs[:-1] = np.where(np.isnan(number), 0, number)[..., None, None]
+        learner, metrics = update(learner, transition._replace(obs=obs))
+        assert all(np.isfinite(v) for k, v in metrics.items() if "charts" not in k)
+    assert set(np.unique(learner.opt_state.history.obs[:, :40])) == {2.0, 3.0, 4.0}
+    np.testing.assert_array_equal(learner.opt_state.counts, 40)
+    last = learner._replace(iteration=learner.iteration - 1)  # as within the fourth update
+    wide = args.__class__(**vars(args) | {"batch_size": 3000})
+    scale = learner.obs_stats.scale
+    drawn = np.asarray(cma.draw(jax.random.PRNGKey(0), last, 3, wide).obs / scale)[:, 0].round(3)
+    counts = [np.sum(drawn == i) for i in (2.0, 3.0, 4.0)]
+    assert sum(counts) == 3000 and min(counts) > 850
+    newest = np.asarray(cma.draw(jax.random.PRNGKey(0), last, 1, wide).obs / scale)[:, 0].round(3)
+    assert set(newest) == {4.0}
+
+
+def test_update_is_a_plain_loop(cma):
+    """One update's networks against Python loops over the same minibatches, with Adam by hand; std before mean."""
+    args, network, learner, transition = bandit(cma)
+    new, _ = jax.jit(lambda a, b: cma.update(a, b, network, args))(learner, transition)
+    keys = jax.random.split(jax.random.fold_in(learner.key, 2 * learner.iteration + 1), 4)
+    # as of the update: its history, statistics and critic, but the policy of before
+    params = dict(learner.params["params"]) | {"critic": new.params["params"]["critic"], "warm": jnp.float32(1)}
+    start = new._replace(params={"params": params}, iteration=learner.iteration)
+    for key, part, loss, slots in ((keys[2], "std", cma.cma_std_loss, 9), (keys[3], "mean", cma.cma_mean_loss, 1)):
+        own, m, v = params[part], 0.0, 0.0
+        for i, step_key in enumerate(jax.random.split(key, args.num_updates), start=1):
+            batch = cma.draw(step_key, start, slots, args)
+            grads = jax.grad(lambda p: loss({"params": params | {part: p}}, batch, network, args))(own)  # noqa: B023
+            m = (
+                jax.tree.map(lambda g, m=m: 0.1 * g, grads)
+                if i == 1
+                else jax.tree.map(lambda g, m: 0.9 * m + 0.1 * g, grads, m)
+            )
+            v = (
+                jax.tree.map(lambda g: 0.001 * g**2, grads)
+                if i == 1
+                else jax.tree.map(lambda g, v: 0.999 * v + 0.001 * g**2, grads, v)
+            )
+            change = jax.tree.map(lambda m, v: (m / (1 - 0.9**i)) / (jnp.sqrt(v / (1 - 0.999**i)) + 1e-8), m, v)  # noqa: B023
+            own = jax.tree.map(lambda p, d: p - args.learning_rate * d, own, change)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), own, new.params["params"][part]
+        )
+        params = params | {part: own}
+
+
+def test_first_policy_and_first_weights(cma):
+    """Weights of norm 1, and a network that regression has brought to the Gaussian that acts first."""
+    args = cma.Args(init_mean=-0.5, init_std=0.125, hidden_sizes=(32, 32))
+    network = cma.ActorCritic(Box(-2, 2, (U,), np.float32), args)
+    learner = jax.jit(lambda s: cma.init_learner(s, np.zeros(4, np.float32), network, args))(np.uint32(1))
+    kernel = learner.params["params"]["critic"]["Dense_0"]["kernel"]
+    np.testing.assert_allclose(np.linalg.norm(kernel, axis=0), 1, rtol=1e-5)
+    assert learner.params["params"]["critic"]["Dense_1"]["kernel"].shape[0] == 5 + 32  # dense skips: input and layer
+    states = np.random.default_rng(0).normal(0, 1, (50, 4)).astype(np.float32)
+    for warm in (0.0, 1.0):
+        params = {"params": learner.params["params"] | {"warm": warm}}
+        policy, _ = network.apply(params, states)
+        np.testing.assert_allclose(policy.mean, -1, atol=0.12 * warm + 1e-6)
+        np.testing.assert_allclose(np.exp(policy.log_std), 0.25, atol=0.12 * warm + 1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_std_grows_far_from_the_optimum_and_shrinks_around_it(size):
+    """The paper's point: PPO-CMA-m's variance grows in the direction of progress; PPO's only shrinks."""
+    from cma_didactic import optimize, quadratic
+
+    def stds(algorithm):  # but of the first actions, which are not yet the network's
+        run = optimize(quadratic, algorithm, 16, size=size, hidden_sizes=(64, 64))
+        return np.sqrt(np.trace(run["covariance"], axis1=1, axis2=2) / size)[1:]
+
+    cma_m, ppo = stds("ppo-cma-m"), stds("ppo")
+    assert cma_m.max() > 1.3 * cma_m[0]
+    assert cma_m[-1] < 0.5 * cma_m[0]
+    assert ppo.max() < 1.05 * ppo[0]
+
+
+def test_full_covariance_follows_a_rotated_valley():
+    from cma_didactic import optimize, valley
+
+    small = {"hidden_sizes": (32, 32), "init_updates": 1000}
+    full = optimize(valley, "ppo-cma-m", 25, covariance="full", **small)
+    diagonal = optimize(valley, "ppo-cma-m", 25, **small)
+    cost = {name: -valley(run["action"][-1]).mean() for name, run in (("full", full), ("diagonal", diagonal))}
+    assert cost["full"] < 0.2 * cost["diagonal"]
+    correlation = full["covariance"][8, 0, 1] / np.sqrt(np.prod(np.diagonal(full["covariance"][8])))
+    assert correlation > 0.7
