@@ -15,6 +15,8 @@ SCRIPTS = sorted(ROOT.glob("ppo_*.py"))
 TESTS = str(ROOT / "tests")
 sys.path[:0] = [str(ROOT), TESTS]
 # Two iterations that compile and run in no time; a settings list for the command line.
+SMALL_CMA = "--num-envs 1 --num-steps 64 --num-updates 3 --batch-size 16 --hidden-sizes 8 8 --init-updates 9".split()
+SMALL_CMA += ["--total-timesteps", "128"]
 SMALL = "--num-steps 64 --num-minibatches 2 --update-epochs 2 --hidden-sizes 8 8 --total-timesteps 128".split()
 
 
@@ -40,12 +42,18 @@ def ppo():
     return load(ROOT / "ppo_continuous.py")
 
 
+@pytest.fixture(scope="session")
+def cma():
+    return load(ROOT / "ppo_cma.py")
+
+
 @pytest.fixture
 def run(tmp_path):
     """Runs a script in an empty folder; returns the finished process."""
 
-    def run(*args, check=True, **kwargs):
-        done = subprocess.run(command(*args), cwd=tmp_path, env=environment(), capture_output=True, text=True, **kwargs)
+    def run(*args, check=True, script="ppo_continuous"):
+        line = command(*args, script=ROOT / f"{script}.py")
+        done = subprocess.run(line, cwd=tmp_path, env=environment(), capture_output=True, text=True)
         assert not check or done.returncode == 0, done.stderr
         return done
 

@@ -7,17 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from conftest import ROOT, load
+from conftest import ROOT
 from gymnasium.spaces import Box
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 B, U = 24, 3
-
-
-@pytest.fixture(scope="session")
-def cma():
-    return load(ROOT / "ppo_cma.py")
 
 
 class Direct:
@@ -282,3 +277,23 @@ def test_full_covariance_follows_a_rotated_valley():
     assert cost["full"] < 0.2 * cost["diagonal"]
     correlation = full["covariance"][8, 0, 1] / np.sqrt(np.prod(np.diagonal(full["covariance"][8])))
     assert correlation > 0.7
+
+
+def test_agent_of_the_readme():
+    """The README's loop as it stands there, but shorter; what it memorized is what the agent learns from."""
+    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    short = code.replace("range(20)", "range(2)").replace("range(4000)", "range(1200)")
+    assert short.count("range(2)") == short.count("range(1200)") == 1
+    names = {}
+    exec(short.replace("batch_size=512", "batch_size=64, num_updates=5, init_updates=20, capacity=1300"), names)
+    agent = names["agent"]
+    assert agent.learner.iteration == 2 and agent.memory == []
+    np.testing.assert_array_equal(agent.learner.opt_state.counts[:3], [1200, 1200, 0])
+    assert agent.learner.episodes >= 2  # 999 steps at most
+    first = agent.act(names["obs"], deterministic=True)
+    np.testing.assert_array_equal(first, agent.act(names["obs"], deterministic=True))
+    assert first.shape == (1,) and abs(first[0]) <= 1
+    for _ in range(1400):
+        agent.memorize(names["obs"], first, 0.0, names["obs"], False, False)
+    with pytest.raises(ValueError, match="capacity"):
+        agent.update_with_memorized()

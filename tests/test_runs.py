@@ -12,7 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL, command, environment, load
+from conftest import ROOT, SCRIPTS, SMALL, SMALL_CMA, command, environment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 COUNTER = ["--env-id", "scripted:Counter-v0", *SMALL]
@@ -83,13 +83,16 @@ def test_same_command_same_curves_then_finished_then_further(run, tmp_path):
     assert result(tmp_path / "a")["timesteps"] == 6144
 
 
-def test_resumed_equals_never_stopped(ppo, run, tmp_path):
+@pytest.mark.parametrize("script", ["ppo_continuous", "ppo_cma"])
+def test_resumed_equals_never_stopped(request, run, tmp_path, script):
     """On an environment whose episodes fill the rollouts exactly, a stop after half the way leaves no trace."""
-    settings = [*COUNTER, "--no-anneal-lr", "--checkpoint-interval", 1]
-    run(*settings, "--total-timesteps", 256, "--run-dir", "whole")
-    run(*settings, "--total-timesteps", 128, "--run-dir", "halves")
-    run(*settings, "--total-timesteps", 256, "--run-dir", "halves")
-    assert_same(state(ppo, tmp_path / "whole"), state(ppo, tmp_path / "halves"))
+    module = request.getfixturevalue({"ppo_continuous": "ppo", "ppo_cma": "cma"}[script])
+    own = SMALL_CMA if script == "ppo_cma" else [*SMALL, "--no-anneal-lr"]
+    settings = ["--env-id", "scripted:Counter-v0", *own, "--checkpoint-interval", 1]
+    run(*settings, "--total-timesteps", 256, "--run-dir", "whole", script=script)
+    run(*settings, "--total-timesteps", 128, "--run-dir", "halves", script=script)
+    run(*settings, "--total-timesteps", 256, "--run-dir", "halves", script=script)
+    assert_same(state(module, tmp_path / "whole"), state(module, tmp_path / "halves"))
     assert scalars(tmp_path / "whole") == scalars(tmp_path / "halves")
 
 
@@ -190,17 +193,20 @@ def test_bad_input_is_one_clear_line(tmp_path, flags, word):
     assert not list(tmp_path.rglob("checkpoints/*"))
 
 
-def test_two_processes_compute_what_one_does(ppo, run, tmp_path):
+@pytest.mark.parametrize("script", ["ppo_continuous", "ppo_cma"])
+def test_two_processes_compute_what_one_does(request, run, tmp_path, script):
     """Under gloo, found through the environment that Open MPI's mpirun gives its processes."""
-    settings = ["--env-id", "Pendulum-v1", *SMALL, "--num-envs", 4, "--total-timesteps", 768, "--no-norm-reward"]
-    run(*settings, "--run-dir", "one")
+    module = request.getfixturevalue({"ppo_continuous": "ppo", "ppo_cma": "cma"}[script])
+    own = SMALL_CMA if script == "ppo_cma" else [*SMALL, "--no-norm-reward"]
+    settings = ["--env-id", "Pendulum-v1", *own, "--num-envs", 4, "--total-timesteps", 768]
+    run(*settings, "--run-dir", "one", script=script)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
     env = environment() | {"OMPI_MCA_orte_hnp_uri": f"{os.getpid() % 4000 << 12}.0;tcp://127.0.0.1:1"}
     env |= {"OMPI_COMM_WORLD_SIZE": "2"}
     both = [
         subprocess.Popen(
-            command(*settings, "--distributed", "--run-dir", "two"),
+            command(*settings, "--distributed", "--run-dir", "two", script=ROOT / f"{script}.py"),
             cwd=tmp_path,
             stderr=subprocess.PIPE,
             text=True,
@@ -211,7 +217,7 @@ def test_two_processes_compute_what_one_does(ppo, run, tmp_path):
     for process in both:
         _, errors = process.communicate(timeout=180)
         assert process.returncode == 0, errors
-    one, two = state(ppo, tmp_path / "one"), state(ppo, tmp_path / "two")
+    one, two = state(module, tmp_path / "one"), state(module, tmp_path / "two")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), one, two)
 
 
@@ -224,6 +230,26 @@ def test_seeds_in_one_process_are_lone_runs(run, tmp_path):
     for name in lone:
         np.testing.assert_allclose(lone[name], batch[name], rtol=2e-3, atol=1e-4, err_msg=name)
     assert scalars(tmp_path / "batch/seed2") != batch
+
+
+def test_cma_seeds_switches_and_bad_input(run, tmp_path):
+    """Seeds of a batch against the lone seed; each algorithm and switch runs; what it cannot act in, it says."""
+    settings = ["--env-id", "Pendulum-v1", *SMALL_CMA, "--num-envs", 4, "--total-timesteps", 512]
+    run(*settings, "--seed", 3, "--run-dir", "lone", script="ppo_cma")
+    run(*settings, "--seed", 2, "--num-seeds", 2, "--run-dir", "batch", script="ppo_cma")
+    lone, batch = scalars(tmp_path / "lone"), scalars(tmp_path / "batch/seed3")
+    for name in lone:
+        np.testing.assert_allclose(lone[name], batch[name], rtol=5e-3, atol=1e-3, err_msg=name)
+    run("--mode", "eval", "--run-dir", "batch", "--eval-episodes", 2, script="ppo_cma")
+    assert [r["episodes"] for r in result(tmp_path / "batch")["eval_return"]] == [2, 2]
+    switches = (
+        "--algorithm ppo --covariance full --action-repeat 3 --no-dense-skips --no-scale-obs --value-loss soft-l1"
+    )
+    run("--env-id", "scripted:Nested-v0", *SMALL_CMA, *switches.split(), "--run-dir", "switches", script="ppo_cma")
+    assert result(tmp_path / "switches")["finished"]
+    for flags, word in ((["--env-id", "CartPole-v1"], "ppo_icm_lstm.py"), (["--history-size", 0], "--history-size")):
+        bad = run(*flags, check=False, script="ppo_cma")
+        assert bad.returncode == 2 and word in bad.stderr.splitlines()[-1]
 
 
 def test_learns_pendulum_and_a_delayed_reward(run, tmp_path):
@@ -274,28 +300,32 @@ def test_augmentation_nested_spaces_and_every_switch(run, tmp_path):
         assert result(tmp_path / name)["finished"]
 
 
-def test_copied_script_runs_alone(tmp_path):
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
+def test_copied_script_runs_alone(tmp_path, script):
     """A script needs nothing of this repository: it trains, evaluates and films from an empty folder."""
-    shutil.copy(ROOT / "ppo_continuous.py", tmp_path / "mine.py")
-    flags = ["--env-id", "MountainCarContinuous-v0", *SMALL, "--run-dir", "a"]
+    shutil.copy(script, tmp_path / "mine.py")
+    small = SMALL_CMA if script.stem == "ppo_cma" else SMALL
+    flags = ["--env-id", "MountainCarContinuous-v0", *small, "--run-dir", "a"]
     for extra in ([], ["--mode", "eval", "--eval-episodes", "1", "--video"]):
         alone = [sys.executable, "-I", str(tmp_path / "mine.py"), *flags, *extra]
         done = subprocess.run(alone, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     films = sorted(p.name for p in (tmp_path / "a/videos").iterdir())
     assert films == ["MountainCarContinuous-v0.gif", "MountainCarContinuous-v0.mp4"]
-    assert (tmp_path / "a/mine.py").read_text() == (ROOT / "ppo_continuous.py").read_text()
+    assert (tmp_path / "a/mine.py").read_text() == script.read_text()
 
 
-def test_help_is_a_page():
-    shown = subprocess.run(command("--help"), capture_output=True, text=True, env=environment())
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
+def test_help_is_a_page(script):
+    shown = subprocess.run(command("--help", script=script), capture_output=True, text=True, env=environment())
     assert shown.returncode == 0
-    for word in ("--env-id", "discount factor", "--num-seeds", "orthogonal"):
+    for word in ("--env-id", "discount factor", "--num-seeds", "widths"):
         assert word in shown.stdout
 
 
-def test_script_metadata_is_requirements_txt():
-    header = load(ROOT / "ppo_continuous.py") and (ROOT / "ppo_continuous.py").read_text().split("# ///")[1]
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
+def test_script_metadata_is_requirements_txt(script):
+    header = script.read_text().split("# ///")[1]
     wanted = {line.strip() for line in (ROOT / "requirements.txt").read_text().splitlines() if line[0].isalpha()}
     named = {part for part in header.split('"') if ">=" in part and part[0].isalpha()}
     assert named == {w for w in wanted if not w.startswith(("pytest", "ruff"))}
