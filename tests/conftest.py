@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX starts
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # in this process, not in runs: half the time goes into compilation
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(ROOT.glob("ppo_*.py"))
@@ -34,7 +35,7 @@ def command(*args, script=ROOT / "ppo_continuous.py"):
 
 
 def environment():
-    return os.environ | {"PYTHONPATH": TESTS, "JAX_PLATFORMS": "cpu"}
+    return os.environ | {"PYTHONPATH": TESTS, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
 
 
 @pytest.fixture(scope="session")
