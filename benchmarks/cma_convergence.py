@@ -1,0 +1,50 @@
+"""Learning curves of PPO-CMA-m against PPO, each with the paper's settings, as in arXiv 1810.02541: two plots.
+
+    python benchmarks/cma_convergence.py  # over environments, N = 8000, 1M steps, 5 seeds: cma_convergence.png
+    python benchmarks/cma_convergence.py --plot humanoid --env-ids Humanoid-v4 --total-timesteps 10000000 --num-seeds 3
+    python benchmarks/cma_convergence.py --env-ids Hopper-v4 --total-timesteps 100000 --num-seeds 2  # in minutes
+
+Runs are in runs/ppo_cma/; the same command again goes on where it stopped. Data and final returns lie beside the picture.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from curves import main as plot_curves
+
+ROOT = Path(__file__).parents[1]
+PLOTS = {
+    "convergence": {
+        "ppo-cma-m": "--num-envs 8 --batch-size 512",
+        "ppo": "--algorithm ppo --num-envs 2 --batch-size 128 --clip-coef 0.005",
+    },
+    "humanoid": {
+        "ppo-cma-m": "--num-envs 32 --batch-size 512",
+        "ppo": "--algorithm ppo --num-envs 32 --batch-size 128 --clip-coef 0.0025",
+    },
+}
+
+
+def main(
+    env_ids: tuple[str, ...] = ("InvertedDoublePendulum-v4", "Hopper-v4", "Walker2d-v4", "HalfCheetah-v4", "Ant-v4"),
+    plot: Literal["convergence", "humanoid"] = "convergence",
+    total_timesteps: int = 1_000_000,
+    num_seeds: int = 5,
+    out: Path = ROOT / "benchmarks/results",
+) -> None:
+    folders = []
+    for env_id in env_ids:
+        for name, flags in PLOTS[plot].items():
+            folder = Path("runs/ppo_cma") / env_id / f"{name}-{plot}" / f"seeds{num_seeds}"
+            run = [sys.executable, str(ROOT / "ppo_cma.py"), "--env-id", env_id, *flags.split()]
+            run += ["--total-timesteps", str(total_timesteps), "--num-seeds", str(num_seeds)]
+            subprocess.run([*run, "--exp-name", name, "--run-dir", str(folder)], check=True)
+            folders.append(folder)
+    plot_curves(tuple(folders), out / f"cma_{plot}.png")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
