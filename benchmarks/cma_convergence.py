@@ -4,7 +4,7 @@
     python benchmarks/cma_convergence.py --plot humanoid --env-ids Humanoid-v4 --total-timesteps 10000000 --num-seeds 3
     python benchmarks/cma_convergence.py --env-ids Hopper-v4 --total-timesteps 100000 --num-seeds 2  # in minutes
 
-Runs are in runs/ppo_cma/; the same command again goes on where it stopped. Data and final returns lie beside the picture.
+Runs are in runs/ppo_cma/; the same command again goes on where it stopped. The data lie beside the picture.
 """
 
 import subprocess
