@@ -244,6 +244,11 @@ def check_update(ppo):
         for name, value in seen.items():
             np.testing.assert_allclose(metrics[f"losses/{name}"], value, **close, err_msg=name)
         assert new.iteration == 4
+        ended = (r["done"] * r["mask"]) > 0  # time first, as in the rollout
+        np.testing.assert_allclose(new.returns[-ended.sum() :], r["episodic_return"][ended], **CLOSE)
+        assert np.isnan(new.returns[: -ended.sum()]).all() and new.episodes == ended.sum()
+        np.testing.assert_allclose(metrics["charts/episodic_length"], r["episodic_length"][ended].mean(), **CLOSE)
+        np.testing.assert_allclose(metrics["charts/episodic_return_100"], r["episodic_return"][ended].mean(), **CLOSE)
 
 
 def check_env_step(ppo):

@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import subprocess
 import symtable
 import tomllib
 from itertools import combinations
@@ -99,6 +100,26 @@ def test_form(path):
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef) and node.name != "main":
             assert ast.get_docstring(node), node.name
+
+
+def test_sync_copies_what_changed_in_one_script(tmp_path):
+    from sync import sync
+
+    git = lambda *a: subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *a], cwd=tmp_path, check=True)  # noqa: E731
+    one, two = (tmp_path / f"ppo_{name}.py" for name in "ab")
+    for path in (one, two):
+        path.write_text("# why\ndef f(x):\n    return x\n\n\ndef g(x):\n    return f(x)\n")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+        git(*command)
+    one.write_text(one.read_text().replace("return x", "return 2 * x").replace("why", "because"))
+    assert "ppo_b.py" in sync(tmp_path, "f")
+    assert one.read_text() == two.read_text()
+    with pytest.raises(SystemExit):
+        sync(tmp_path, "g")  # unchanged
+    two.write_text(two.read_text().replace("2 * x", "3 * x"))
+    with pytest.raises(SystemExit):
+        sync(tmp_path, "f")  # both changed
+    assert "3 * x" in two.read_text() and "2 * x" in one.read_text()
 
 
 def test_update_compiles_once():
