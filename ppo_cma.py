@@ -750,7 +750,7 @@ def save(args: Args, manager: ocp.CheckpointManager, learner: LearnerState, seco
 
 def train(args: Args, mesh: Mesh) -> None:
     """Trains to the end, from the newest checkpoint if there is one; SIGINT and SIGTERM end it after the iteration."""
-    clock, began, signals, chief = time.perf_counter, time.perf_counter(), [], jax.process_index() == 0
+    clock, began, chief, signals, writers = time.perf_counter, time.perf_counter(), jax.process_index() == 0, [], []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: signals.append(number))
     act, runner, network, learner, _env = make_run(args)  # a pool freed too early takes the process with it
@@ -758,7 +758,6 @@ def train(args: Args, mesh: Mesh) -> None:
     first, total, batch_size = int(learner.iteration[0]), args.num_iterations, args.num_envs * args.num_steps
     if first >= total:
         return print(f"{args.folder} is finished, {first * batch_size} steps: raise --total-timesteps, or --clobber")
-    writers = open_writers(args, network, runner, first * batch_size) if chief else []
     specs = PartitionSpec("seed"), PartitionSpec("seed", None, "process")  # of leaves [S, ...] and [S, T, N, ...]
     learn = jax.vmap(partial(update, network=network, args=args))
     learn = jax.shard_map(learn, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
@@ -782,7 +781,8 @@ def train(args: Args, mesh: Mesh) -> None:
         if bad := [name for name in metrics if "charts" not in name and not np.isfinite(metrics[name]).all()]:
             bar.close()
             fail(f"iteration {iteration}: {bad[0]} is not finite; checkpoint {manager.latest_step()} stays", code=1)
-        if iteration % args.log_interval == 0:
+        if chief and iteration % args.log_interval == 0:
+            writers = writers or open_writers(args, network, runner, first * batch_size)
             metrics["charts/SPS"] = np.full(args.num_seeds, args.num_seeds * batch_size / (marks[-1] - marks[0]))
             log(writers, iteration * batch_size, metrics, transition, iteration % (10 * args.log_interval) == 0)
         bar.set_postfix_str(f"return {metrics['charts/episodic_return_100'].mean():.1f}", refresh=False)
