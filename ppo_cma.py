@@ -285,9 +285,8 @@ def normalize(x: Array, scaler: Scaler, bound: float) -> Array:
 
 # --- Advantages and losses ---
 def compute_gae(transition: Transition, value: Array, gamma: float, gae_lambda: float) -> tuple[Array, Array]:
-    """Returns advantages and value targets [T, N]; value is [T + 1, N], V(s_0) to V(s_T), of the true observations.
-
-    A truncated step bootstraps, a terminated one does not, both end the sum. Source: arXiv 1506.02438, eq. 16."""
+    """Returns advantages and targets [T, N]; value is [T + 1, N], V(s_0) to V(s_T). Source: arXiv 1506.02438, (16)."""
+    # A truncated step bootstraps from its true last observation, a terminated one does not, both end the sum
 
     def step(next_advantage: Array, t: tuple) -> tuple[Array, Array]:
         reward, terminated, done, value, next_value = t
@@ -600,6 +599,7 @@ def configure(args: Args) -> Mesh:
     """Sets JAX up and returns the updates' devices, [P, seeds]; a CPU's cores are as many devices."""
     cache = jax.config.jax_compilation_cache_dir or str(Path.home() / ".cache" / "ppo_jax")
     jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if args.platform != "auto":
         jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda,cpu"}[args.platform])
     try:
@@ -663,7 +663,7 @@ def make_run(args: Args) -> tuple[Callable, RunnerState, nn.Module, LearnerState
         act = jax.jit(partial(rollout, env=env, network=network, args=args))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)  # holds a pointer: of no use to others
         act = act.lower(runner, learner._replace(opt_state=None)).compile()
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     return act, runner, network, learner, env
 
 
