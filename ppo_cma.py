@@ -126,6 +126,7 @@ def validate(args: Args) -> None:
         f"--gae-lambda {args.gae_lambda}: give 0 to 1": 0 <= args.gae_lambda <= 1,
         f"--seed {args.seed} is out of range: give 0 to {last}": 0 <= args.seed <= last,
         f"--num-steps {T} is below --action-repeat {args.action_repeat}: raise it": args.action_repeat <= T,
+        f"--init-updates {args.init_updates}: give 0 or more": args.init_updates >= 0,
     }
     if not all(fine.values()):
         fail(min(fine, key=fine.get))
@@ -307,7 +308,7 @@ def critic_loss(params: Any, batch: Batch, network: nn.Module, args: Args) -> Ar
 
 
 def cma_std_loss(params: Any, batch: Batch, network: nn.Module, args: Args) -> Array:
-    """Returns the loss of the std network, on minibatches of H iterations. Source: arXiv 1810.02541, algorithm 2."""
+    """Returns the loss of the std network, on minibatches of H iterations. Source: arXiv 1810.02541."""
     return -jnp.mean(nn.relu(batch.advantage) * log_prob(network.apply(params, batch.obs)[0], batch.action))
 
 
@@ -315,7 +316,7 @@ def cma_mean_loss(params: Any, batch: Batch, network: nn.Module, args: Args) -> 
     """Returns the loss of the mean network; ppo-cma-m also draws it to the mirror images of what failed.
 
     The kernel makes far actions count less: exp(-d^2 / 2), the mean over dimensions; of a full covariance, d^2 is the
-    Mahalanobis distance over U. Source: arXiv 1810.02541, section 4.3, and the authors' policy.py.
+    Mahalanobis distance over U. Source: arXiv 1810.02541 and the authors' policy.py.
     """
     policy, _ = network.apply(params, batch.obs)
     loss = -nn.relu(batch.advantage) * log_prob(policy, batch.action)
@@ -350,7 +351,9 @@ def draw(key: Array, learner: LearnerState, slots: int, args: Args) -> Batch:
     return batch._replace(obs=jax.tree.map(partial(normalize, bound=args.clip_obs), batch.obs, learner.obs_stats))
 
 
-def fit_step(carry: tuple, key: Array, learner: LearnerState, part: str, loss: Callable, network: Any, args: Args):
+def fit_step(
+    carry: tuple, key: Array, learner: LearnerState, part: str, loss: Callable, network: Any, args: Args
+) -> tuple:
     """Returns (parameters, Adam's state) of one network after one gradient step on a minibatch, and the loss."""
     params, adam = carry
     batch = draw(key, learner, args.history_size if part == "std" else 1, args)
@@ -421,10 +424,8 @@ def update(learner: LearnerState, transition: Transition, network: nn.Module, ar
         learner = learner._replace(obs_stats=jax.tree.map(update_one, transition.obs, learner.obs_stats))
     learner = learner._replace(params={"params": learner.params["params"] | {"warm": jnp.ones(())}})
     obs = jax.tree.map(partial(normalize, bound=args.clip_obs), transition.obs, learner.obs_stats)
-    data, keys = (
-        (transition, obs, time),
-        jax.random.split(jax.random.fold_in(learner.key, 2 * learner.iteration + 1), 4),
-    )
+    data = transition, obs, time
+    keys = jax.random.split(jax.random.fold_in(learner.key, 2 * learner.iteration + 1), 4)
     _, target, value = estimate(learner.params, data, 1.0, network, args)  # Monte Carlo returns
     flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
     raw, acted_on = jax.tree.map(lambda x: flat(x[:-1]), (transition.obs, obs))
@@ -830,7 +831,7 @@ def film(args: Args, env: Environment, network: nn.Module, learner: LearnerState
         while not np.any(done):
             frames.append(np.asarray(vector.render()[0]))
             obs = jax.tree.map(lambda x, s: normalize(np.float32(x), s, args.clip_obs), obs, learner.obs_stats)
-            if len(frames) % args.action_repeat == 1 or args.action_repeat == 1:
+            if (len(frames) - 1) % args.action_repeat == 0:
                 action = bounded(apply(learner.params, obs)[0].mean, env.action_space, args)
             obs, _, *done, _ = vector.step(np.asarray(action))
     except Exception as error:  # no OpenGL, no such environment in Gymnasium: whatever keeps a renderer from working
@@ -882,9 +883,8 @@ class Agent:
 
         An unfinished episode's rest is worth what the critic says. Raises: ValueError where it exceeds the capacity.
         """
-        none = Transition(
-            jax.tree.map(np.zeros_like, self.obs), np.zeros(self.space.shape).ravel(), *(np.float32(0),) * 7
-        )
+        nothing = jax.tree.map(np.zeros_like, self.obs), np.zeros(self.space.shape).ravel()
+        none = Transition(*nothing, *(np.float32(0),) * 7)
         rows, length, total, last = [], 0, 0.0, self.obs
         for obs, action, reward, next_obs, terminated, truncated in self.memory:
             if rows and rows[-1].done:

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -113,10 +112,10 @@ def main(peer_python: str, repeats: int = 3) -> None:
     ratios = {f"{name} / Stable-Baselines3": middle[name] / base for name in CASES}
     ratios["update cost / bare update cost"] = middle["bare update"] / middle["our update, 1 x 2048"]
     content = {"steps_per_second": rows, "ratios of medians": ratios, "versions": result["versions"]}
-    content["device"], content["command"] = result["device"], "python benchmarks/speed.py"
+    content["device"], content["command"] = result["device"], "python benchmarks/speed.py --peer-python PYTHON"
     (ROOT / "benchmarks/results/speed.json").write_text(json.dumps(content, indent=2) + "\n")
     print(json.dumps(ratios, indent=2))
 
 
 if __name__ == "__main__":
-    tyro.cli(partial(main))
+    tyro.cli(main)
