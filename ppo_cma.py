@@ -6,7 +6,7 @@
 """PPO-CMA-m, PPO-CMA and PPO for bounded continuous (Box) actions, as published. One file: run it, copy it, change it.
 
     python ppo_cma.py --env-id MountainCarContinuous-v0 --seed 1  # train; the same command again resumes
-    python ppo_cma.py --env-id Hopper-v4 --num-envs 8 --batch-size 512 --num-seeds 5  # N = 8000, as in the paper
+    python ppo_cma.py --env-id Hopper-v4 --action-repeat 2 --num-envs 8 --batch-size 512  # N = 8000, as in the paper
     python ppo_cma.py --env-id MountainCarContinuous-v0 --seed 1 --mode eval --video
 
 PPO-CMA: Hämäläinen et al., arXiv 1810.02541, and the authors' code. GAE: 1506.02438. Axes are always [S, T, N, ...]:
@@ -16,7 +16,8 @@ has num_envs * num_steps simulation steps; one decision of the policy is held fo
 Differs from the authors' code:
 1. Rollouts have a fixed size. Episodes go on in the next; where a return is cut, the critic's value is the rest.
 2. Truncated steps bootstrap from the value of their true last observation, terminated ones do not (theirs: all do).
-3. --covariance full, with a Cholesky factor per state, is ours.
+3. Decisions are held for 8 steps, not 2: the first policy finds MountainCarContinuous's goal five times as often.
+4. --covariance full, with a Cholesky factor per state, is ours.
 """
 
 import difflib
@@ -71,7 +72,7 @@ class Args:
     # Rollout
     num_envs: int = 4  # N, parallel environments per seed
     num_steps: int = 1000  # T, steps per environment and rollout
-    action_repeat: int = 2  # simulation steps that a decision is held for
+    action_repeat: int = 8  # simulation steps that a decision is held for; 1 or 2 for MuJoCo
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # GAE mixing: 0 is the one-step error, 1 the Monte Carlo return
     scale_obs: bool = True  # divide observations by twice the root of the largest mean square of an iteration so far
@@ -80,7 +81,7 @@ class Args:
     algorithm: Literal["ppo-cma-m", "ppo-cma", "ppo", "pg", "pg-pos"] = "ppo-cma-m"  # pg: plain policy gradients
     learning_rate: float = 5e-4  # Adam's step size
     num_updates: int = 100  # gradient steps of each network per iteration
-    batch_size: int = 2048  # B, drawn with replacement for each gradient step
+    batch_size: int = 2048  # B, drawn with replacement for each gradient step; at most the decisions of a rollout
     history_size: int = 9  # H, iterations that the variance learns from
     clip_coef: float = 0.2  # epsilon, the bound on |ratio - 1|
     ent_coef: float = 0.0  # weight of the entropy bonus
@@ -99,6 +100,10 @@ class Args:
     @property
     def num_iterations(self) -> int:
         return self.total_timesteps // (self.num_envs * self.num_steps)
+
+    @property
+    def minibatch_size(self) -> int:
+        return min(self.batch_size, self.num_envs * -(-self.num_steps // self.action_repeat))
 
     @property
     def folder(self) -> Path:
@@ -344,9 +349,9 @@ def policy_loss(params: Any, batch: Batch, network: nn.Module, args: Args) -> Ar
 def draw(key: Array, learner: LearnerState, slots: int, args: Args) -> Batch:
     """Returns B decisions with replacement, of each of the newest iterations and of each decision therein alike."""
     age_key, row_key = jax.random.split(key)
-    age = jax.random.randint(age_key, (args.batch_size,), 0, jnp.minimum(slots, learner.iteration + 1))
+    age = jax.random.randint(age_key, (args.minibatch_size,), 0, jnp.minimum(slots, learner.iteration + 1))
     slot = (learner.iteration - age) % args.history_size
-    row = jax.random.uniform(row_key, (args.batch_size,)) * learner.opt_state.counts[slot]
+    row = jax.random.uniform(row_key, (args.minibatch_size,)) * learner.opt_state.counts[slot]
     batch = jax.tree.map(lambda x: x[slot, row.astype(jnp.int32)], learner.opt_state.history)
     return batch._replace(obs=jax.tree.map(partial(normalize, bound=args.clip_obs), batch.obs, learner.obs_stats))
 

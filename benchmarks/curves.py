@@ -2,7 +2,8 @@
 
     python benchmarks/curves.py runs/ppo_continuous/HalfCheetah-v4/ppo/seed1-3 ... --out benchmarks/results/curves.png
 
-Writes the data beside the picture, as JSON.
+The data lie beside the picture, as JSON. What is there already stays in the picture, but for a new run of the same
+environment and experiment, which replaces it.
 """
 
 import json
@@ -27,24 +28,27 @@ def curve(folder: Path, points: int = 200) -> tuple[np.ndarray, np.ndarray]:
 
 
 def main(folders: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("benchmarks/results/curves.png")) -> None:
-    results = [json.loads((f / "result.json").read_text()) for f in folders]
-    ids = list(dict.fromkeys(r["env_id"] for r in results))
+    path = out.with_suffix(".json")
+    lines = {line["name"]: line for line in (json.loads(path.read_text()) if path.exists() else [])}
+    for folder in folders:
+        result = json.loads((folder / "result.json").read_text())
+        curves = [curve(seed) for seed in sorted(folder.glob("seed*")) or [folder]]
+        line = {"name": f"{result['env_id']} {result['args']['exp_name']}"}
+        line |= {k: result[k] for k in ("env_id", "args", "seeds", "episodic_return", "versions", "device")}
+        returns = np.stack([y for _, y in curves]).round(2)
+        lines[line["name"]] = line | {"steps": curves[0][0].tolist(), "returns": returns.tolist()}
+    path.write_text(json.dumps(list(lines.values())) + "\n")
+    ids = list(dict.fromkeys(line["env_id"] for line in lines.values()))
     figure, axes = plt.subplots(1, len(ids), figsize=(4.5 * len(ids), 3.4), squeeze=False, layout="constrained")
-    data = []
-    for folder, result in zip(folders, results, strict=True):
-        seeds = sorted(folder.glob("seed*")) or [folder]
-        curves = [curve(seed) for seed in seeds]
-        steps, returns = curves[0][0], np.stack([y for _, y in curves])
-        axis, label = axes[0, ids.index(result["env_id"])], f"{result['args']['exp_name']}, {len(seeds)} seeds"
-        (line,) = axis.plot(steps, returns.mean(axis=0), label=label)
-        axis.fill_between(steps, returns.min(axis=0), returns.max(axis=0), color=line.get_color(), alpha=0.2)
-        data.append({k: result[k] for k in ("env_id", "args", "seeds", "episodic_return", "versions", "device")})
-        data[-1] |= {"steps": steps.tolist(), "returns": returns.round(2).tolist()}
+    for line in lines.values():
+        axis, returns = axes[0, ids.index(line["env_id"])], np.array(line["returns"])
+        label = f"{line['args']['exp_name']}, {len(returns)} seeds"
+        (drawn,) = axis.plot(line["steps"], returns.mean(axis=0), label=label)
+        axis.fill_between(line["steps"], returns.min(axis=0), returns.max(axis=0), color=drawn.get_color(), alpha=0.2)
     for axis, name in zip(axes[0], ids, strict=True):
         axis.set(title=name, xlabel="steps per seed", ylabel="episodic return")
         axis.legend()
     figure.savefig(out, dpi=110)
-    out.with_suffix(".json").write_text(json.dumps(data) + "\n")
 
 
 if __name__ == "__main__":

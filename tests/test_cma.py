@@ -1,6 +1,7 @@
 """ppo_cma.py: its losses, its decisions, its variance's behaviour, and what it shares with ppo_continuous.py."""
 
 import sys
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -195,7 +196,8 @@ def test_minibatches_hold_decisions_of_all_remembered_iterations(cma):
     assert set(np.unique(learner.opt_state.history.obs[:, :40])) == {2.0, 3.0, 4.0}
     np.testing.assert_array_equal(learner.opt_state.counts, 40)
     last = learner._replace(iteration=learner.iteration - 1)  # as within the fourth update
-    wide = args.__class__(**vars(args) | {"batch_size": 3000})
+    assert len(cma.draw(jax.random.PRNGKey(0), last, 3, replace(args, batch_size=3000)).time) == 60  # at most
+    wide = replace(args, batch_size=3000, num_steps=100)
     scale = learner.obs_stats.scale
     drawn = np.asarray(cma.draw(jax.random.PRNGKey(0), last, 3, wide).obs / scale)[:, 0].round(3)
     counts = [np.sum(drawn == i) for i in (2.0, 3.0, 4.0)]

@@ -291,6 +291,13 @@ def test_learns_pendulum_and_a_delayed_reward(run, tmp_path):
     assert result(tmp_path / "b")["eval_return"][0]["mean"] > 0.97  # of 1: the action is 0.5 at the end
 
 
+def test_cma_learns_mountain_car(run, tmp_path):
+    """The bare command, six iterations: doing nothing earns 0, the first policy 40 to 70."""
+    run("--num-seeds", 2, "--total-timesteps", 24_000, "--run-dir", "a", script="ppo_cma")
+    for seed in (1, 2):
+        assert scalars(tmp_path / f"a/seed{seed}")["charts/episodic_return"][-1][1] > 80
+
+
 def test_augmentation_nested_spaces_and_every_switch(run, tmp_path):
     """Options that no other test runs from the command line, two iterations each."""
     run("--env-id", "scripted:Mirrored-v0", *SMALL, "--run-dir", "a")
