@@ -20,6 +20,7 @@ Differs from the authors' code:
 4. --covariance full, with a Cholesky factor per state, is ours.
 """
 
+import ctypes
 import difflib
 import json
 import os
@@ -292,11 +293,10 @@ def normalize(x: Array, scaler: Scaler, bound: float) -> Array:
 # --- Advantages and losses ---
 def compute_gae(transition: Transition, value: Array, gamma: float, gae_lambda: float) -> tuple[Array, Array]:
     """Returns advantages and targets [T, N]; value is [T + 1, N], V(s_0) to V(s_T). Source: arXiv 1506.02438, (16)."""
-    # A truncated step bootstraps from its true last observation, a terminated one does not, both end the sum
 
     def step(next_advantage: Array, t: tuple) -> tuple[Array, Array]:
         reward, terminated, done, value, next_value = t
-        delta = reward + gamma * next_value * (1 - terminated) - value
+        delta = reward + gamma * next_value * (1 - terminated) - value  # truncated: its last observation's value counts
         advantage = delta + gamma * gae_lambda * (1 - done) * next_advantage
         return advantage, advantage
 
@@ -605,7 +605,8 @@ def configure(args: Args) -> Mesh:
     """Sets JAX up and returns the updates' devices, [P, seeds]; a CPU's cores are as many devices."""
     cache = jax.config.jax_compilation_cache_dir or str(Path.home() / ".cache" / "ppo_jax")
     jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    if sys.platform == "linux" and args.mode == "train" and args.num_envs * args.num_seeds == 1:
+        os.sched_setaffinity(0, {ctypes.CDLL(None).sched_getcpu()})  # waking another core takes longer than a step
     if args.platform != "auto":
         jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda,cpu"}[args.platform])
     try:
@@ -669,7 +670,7 @@ def make_run(args: Args) -> tuple[Callable, RunnerState, nn.Module, LearnerState
         act = jax.jit(partial(rollout, env=env, network=network, args=args))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)  # holds a pointer: of no use to others
         act = act.lower(runner, learner._replace(opt_state=None)).compile()
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     return act, runner, network, learner, env
 
 
@@ -806,9 +807,8 @@ def evaluate(asked: Args) -> None:
     if not ((folder := asked.folder) / "args.json").exists():
         fail(f"--run-dir {folder} holds no run: train first, or name its folder")
     saved = json.loads((folder / "args.json").read_text()) | {"mode": "eval", "run_dir": str(folder), "num_steps": 100}
-    args = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-    args = Args(**args | {"num_envs": asked.eval_episodes})
-    act, runner, network, learner, env = make_run(args)
+    args = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()} | {"num_envs": asked.eval_episodes}
+    act, runner, network, learner, env = make_run(args := Args(**args))
     _, learner, _ = open_folder(args, learner)
     returns = np.full((args.num_seeds, args.num_envs), np.nan)
     while np.isnan(returns).any():
