@@ -274,13 +274,13 @@ def test_full_covariance_follows_a_rotated_valley():
 def test_agent_of_the_readme():
     """The README's loop as it stands there, but shorter; what it memorized is what the agent learns from."""
     code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    short = code.replace("range(20)", "range(2)").replace("range(4000)", "range(1200)")
-    assert short.count("range(2)") == short.count("range(1200)") == 1
+    short = code.replace("range(20)", "range(2)").replace("range(500)", "range(150)")
+    assert short.count("range(2)") == short.count("range(150)") == 1
     names = {}
     exec(short.replace("batch_size=512", "batch_size=64, num_updates=5, init_updates=20, capacity=1300"), names)
     agent = names["agent"]
     assert agent.learner.iteration == 2 and agent.memory == []
-    np.testing.assert_array_equal(agent.learner.opt_state.counts[:3], [1200, 1200, 0])
+    np.testing.assert_array_equal(agent.learner.opt_state.counts[:3], [150, 150, 0])
     assert agent.learner.episodes >= 2  # 999 steps at most
     first = agent.act(names["obs"], deterministic=True)
     np.testing.assert_array_equal(first, agent.act(names["obs"], deterministic=True))
