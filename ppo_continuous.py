@@ -588,7 +588,7 @@ def make_run(args: Args) -> tuple[Callable, RunnerState, nn.Module, LearnerState
         act = jax.jit(partial(rollout, env=env, network=network, args=args))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)  # holds a pointer: of no use to others
         act = act.lower(runner, learner._replace(opt_state=None)).compile()
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     return act, runner, network, learner, env
 
 

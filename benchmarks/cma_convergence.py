@@ -20,15 +20,15 @@ from curves import main as plot_curves
 from scipy.stats import bootstrap
 
 ROOT = Path(__file__).parents[1]
-PLOTS = {  # N = num_envs x 1000
+PLOTS = {  # N = num_envs x 1000; all with --action-repeat 2
     "convergence": {
-        "ppo-cma-m": "--num-envs 8 --batch-size 512 --action-repeat 2",
-        "ppo-cma-m-4000": "--num-envs 4 --batch-size 512 --action-repeat 2",
-        "ppo": "--algorithm ppo --num-envs 2 --batch-size 128 --action-repeat 2 --clip-coef 0.005",
+        "ppo-cma-m": "--num-envs 8 --batch-size 512",
+        "ppo-cma-m-4000": "--num-envs 4 --batch-size 512",
+        "ppo": "--algorithm ppo --num-envs 2 --batch-size 128 --clip-coef 0.005",
     },
     "humanoid": {
-        "ppo-cma-m": "--num-envs 32 --batch-size 512 --action-repeat 2",
-        "ppo": "--algorithm ppo --num-envs 32 --batch-size 128 --action-repeat 2 --clip-coef 0.0025",
+        "ppo-cma-m": "--num-envs 32 --batch-size 512",
+        "ppo": "--algorithm ppo --num-envs 32 --batch-size 128 --clip-coef 0.0025",
     },
 }
 
@@ -53,7 +53,7 @@ def main(
     for env_id in env_ids:
         for name, flags in PLOTS[plot].items():
             folder = Path("runs/ppo_cma") / env_id / f"{name}-{plot}" / f"seeds{num_seeds}"
-            run = [sys.executable, str(ROOT / "ppo_cma.py"), "--env-id", env_id, *flags.split()]
+            run = [sys.executable, str(ROOT / "ppo_cma.py"), "--env-id", env_id, "--action-repeat", "2", *flags.split()]
             run += ["--total-timesteps", str(total_timesteps), "--num-seeds", str(num_seeds)]
             subprocess.run([*run, "--exp-name", name, "--run-dir", str(folder)], check=True)
             folders.append(folder)

@@ -3,7 +3,6 @@
 python benchmarks/cma_first_policy.py  # decisions held for 2 (published) to 8 (default) steps; data: results/
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -26,7 +25,5 @@ def reached(**settings: float) -> float:
 if __name__ == "__main__":
     found = {f"--action-repeat {repeat}": reached(action_repeat=repeat) for repeat in (2, 4, 6, 8)}
     content = {"share of episodes that reach the goal": found, "episodes": EPISODES, "env_id": cma.Args().env_id}
-    Path(__file__).with_name("results").joinpath("cma_first_policy.json").write_text(
-        json.dumps(content, indent=2) + "\n"
-    )
+    cma.write_json(Path(__file__).with_name("results") / "cma_first_policy.json", content)
     print(found)
