@@ -29,9 +29,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -47,6 +46,7 @@ import orbax.checkpoint as ocp
 import tyro
 from jax import Array
 from jax.experimental import io_callback, multihost_utils
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
@@ -104,7 +104,7 @@ class Args:
 
     @property
     def minibatch_size(self) -> int:
-        return min(self.batch_size, self.num_envs * -(-self.num_steps // self.action_repeat))
+        return min(self.batch_size, self.num_envs * -(-self.num_steps // max(self.action_repeat, 1)))
 
     @property
     def folder(self) -> Path:
@@ -368,7 +368,8 @@ def fit_step(
     whole = lambda own: {"params": learner.params["params"] | {part: own}}  # noqa: E731
     value, grads = jax.value_and_grad(lambda own: loss(whole(own), batch, network, args))(params)
     if args.distributed:
-        value, grads = jax.lax.pmean((value, grads), "process")
+        flat, unravel = ravel_pytree((value, grads))  # one collective costs as much as one of its leaves would
+        value, grads = unravel(jax.lax.pmean(flat, "process"))
     direction, adam = optax.scale_by_adam().update(grads, adam)
     return (jax.tree.map(lambda p, d: p - args.learning_rate * d, params, direction), adam), value
 
@@ -607,16 +608,22 @@ def configure(args: Args) -> Mesh:
     jax.config.update("jax_compilation_cache_dir", cache)
     if sys.platform == "linux" and args.mode == "train" and args.num_envs * args.num_seeds == 1:
         os.sched_setaffinity(0, {ctypes.CDLL(None).sched_getcpu()})  # waking another core takes longer than a step
+    divisor = lambda n, most: max(d for d in range(1, most + 1) if n % d == 0)  # noqa: E731
+    cores, rows = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(), args.minibatch_size
+    seeds = divisor(args.num_seeds, cores)
+    # Cores that seeds leave idle share minibatches, as P processes do; fewer rows for each are not worth it
+    parts = divisor(np.gcd(args.num_envs, rows), max(1, min(cores // seeds, rows // 100)))
     if args.platform != "auto":
         jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda,cpu"}[args.platform])
     try:
-        one_process = partial(jax.config.update, "jax_num_cpu_devices", min(args.num_seeds, os.cpu_count()))
+        one_process = partial(jax.config.update, "jax_num_cpu_devices", seeds * parts)
         (jax.distributed.initialize if args.distributed else one_process)()
         devices = np.array(jax.devices("gpu" if args.platform == "gpu" else None)).reshape(jax.process_count(), -1)
     except (RuntimeError, ValueError) as error:
         fail(f"--platform gpu needs jax[cuda13], --distributed a start by mpirun or srun: {error}")
-    fit = 1 if args.distributed else max(d for d in range(1, devices.size + 1) if args.num_seeds % d == 0)
-    return Mesh(devices[:, :fit], ("process", "seed"))
+    fit = 1 if args.distributed else divisor(args.num_seeds, devices.size)
+    alone = devices[0, 0].platform == "cpu" and not args.distributed
+    return Mesh(devices.reshape(parts, seeds) if alone else devices[:, :fit], ("process", "seed"))
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -639,8 +646,7 @@ def open_folder(args: Args, learner: LearnerState) -> tuple[ocp.CheckpointManage
         (args.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_json(path, settings)
         shutil.copy(__file__, args.folder)
-    if args.distributed:
-        multihost_utils.sync_global_devices("run folder")
+    multihost_utils.sync_global_devices("run folder")
     mine = ocp.options.MultiprocessingOptions(active_processes={jax.process_index()})
     options = ocp.CheckpointManagerOptions(max_to_keep=2, create=False, multiprocessing_options=mine)
     manager, state = ocp.CheckpointManager(args.folder / "checkpoints", options=options), (learner, np.zeros(4))
@@ -745,7 +751,7 @@ def save(args: Args, manager: ocp.CheckpointManager, learner: LearnerState, seco
     content |= {"finished": iteration >= args.num_iterations, "timesteps": timesteps, "episodic_return": returns}
     content |= {"wall_time": total, "compile_time": compiling, "episodes": learner.episodes.tolist()}
     content |= {"eval_return": None} | {name: timesteps * len(seeds) / x for name, x in spent.items()}
-    content |= {"versions": {name: version(name) for name in ("jax", "flax", "optax", "envpool", "gymnasium", "numpy")}}
+    content |= {"versions": {x: sys.modules[x].__version__ for x in "jax flax optax envpool gymnasium numpy".split()}}
     content |= {"device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {jax.process_count()} process(es)"}
     try:
         manager.save(iteration, args=ocp.args.StandardSave((learner, seconds)))
@@ -766,7 +772,7 @@ def train(args: Args, mesh: Mesh) -> None:
     if first >= total:
         return print(f"{args.folder} is finished, {first * batch_size} steps: raise --total-timesteps, or --clobber")
     specs = PartitionSpec("seed"), PartitionSpec("seed", None, "process")  # of leaves [S, ...] and [S, T, N, ...]
-    learn = jax.vmap(partial(update, network=network, args=args))
+    learn = jax.vmap(partial(update, network=network, args=replace(args, distributed=mesh.shape["process"] > 1)))
     learn = jax.shard_map(learn, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
     learn, put = jax.jit(learn, donate_argnums=0), multihost_utils.host_local_array_to_global_array
     learner = put(learner, mesh, specs[0])

@@ -28,9 +28,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -46,6 +45,7 @@ import orbax.checkpoint as ocp
 import tyro
 from jax import Array
 from jax.experimental import io_callback, multihost_utils
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
@@ -318,7 +318,8 @@ def minibatch_step(learner: LearnerState, batch: Batch, network: nn.Module, args
         batch = jax.tree.map(lambda x: x.reshape(processes, -1, *x.shape[1:])[process], batch)
     grads, metrics = jax.grad(ppo_loss, has_aux=True)(learner.params, batch, learner.schedule, network, args)
     if args.distributed:
-        grads, metrics = jax.lax.pmean((grads, metrics), "process")
+        flat, unravel = ravel_pytree((grads, metrics))  # one collective costs as much as one of its leaves would
+        grads, metrics = unravel(jax.lax.pmean(flat, "process"))
     direction, opt_state = make_optimizer(args).update(grads, learner.opt_state, learner.params)
     params = jax.tree.map(lambda p, d: p - learner.schedule.learning_rate * d, learner.params, direction)
     return learner._replace(params=params, opt_state=opt_state), metrics
@@ -557,8 +558,7 @@ def open_folder(args: Args, learner: LearnerState) -> tuple[ocp.CheckpointManage
         (args.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_json(path, settings)
         shutil.copy(__file__, args.folder)
-    if args.distributed:
-        multihost_utils.sync_global_devices("run folder")
+    multihost_utils.sync_global_devices("run folder")
     mine = ocp.options.MultiprocessingOptions(active_processes={jax.process_index()})
     options = ocp.CheckpointManagerOptions(max_to_keep=2, create=False, multiprocessing_options=mine)
     manager, state = ocp.CheckpointManager(args.folder / "checkpoints", options=options), (learner, np.zeros(4))
@@ -637,7 +637,7 @@ def save(args: Args, manager: ocp.CheckpointManager, learner: LearnerState, seco
     content |= {"finished": iteration >= args.num_iterations, "timesteps": timesteps, "episodic_return": returns}
     content |= {"wall_time": total, "compile_time": compiling, "episodes": learner.episodes.tolist()}
     content |= {"eval_return": None} | {name: timesteps * len(seeds) / x for name, x in spent.items()}
-    content |= {"versions": {name: version(name) for name in ("jax", "flax", "optax", "envpool", "gymnasium", "numpy")}}
+    content |= {"versions": {x: sys.modules[x].__version__ for x in "jax flax optax envpool gymnasium numpy".split()}}
     content |= {"device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {jax.process_count()} process(es)"}
     try:
         manager.save(iteration, args=ocp.args.StandardSave((learner, seconds)))
@@ -658,7 +658,7 @@ def train(args: Args, mesh: Mesh) -> None:
     if first >= total:
         return print(f"{args.folder} is finished, {first * batch_size} steps: raise --total-timesteps, or --clobber")
     specs = PartitionSpec("seed"), PartitionSpec("seed", None, "process")  # of leaves [S, ...] and [S, T, N, ...]
-    learn = jax.vmap(partial(update, network=network, args=args))
+    learn = jax.vmap(partial(update, network=network, args=replace(args, distributed=mesh.shape["process"] > 1)))
     learn = jax.shard_map(learn, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
     learn, put = jax.jit(learn, donate_argnums=0), multihost_utils.host_local_array_to_global_array
     learner = put(learner, mesh, specs[0])

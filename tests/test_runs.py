@@ -226,6 +226,20 @@ def test_two_processes_compute_what_one_does(run, tmp_path, script):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), one, two)
 
 
+def test_idle_cores_share_minibatches(tmp_path):
+    """PPO-CMA's large minibatches: what cores compute that seeds leave idle is what a single core does."""
+    code = "import os, ppo_cma as cma; os.sched_getaffinity = lambda _: range({}); cma.main(); print(cma.jax.devices())"
+    settings = ["--env-id", "Pendulum-v1", *SMALL_CMA, "--num-envs", 4, "--total-timesteps", 768, "--action-repeat", 1]
+    for cores in (1, 2):
+        line = [sys.executable, "-c", code.format(cores), *settings, "--batch-size", 256, "--run-dir", cores]
+        env = environment() | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run([*map(str, line)], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("CpuDevice") == cores
+    one, two = saved(tmp_path / "1"), saved(tmp_path / "2")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), one, two)
+
+
 def test_seeds_in_one_process_are_lone_runs(run, tmp_path):
     settings = ["--env-id", "Pendulum-v1", *SMALL, "--num-envs", 4, "--total-timesteps", 768]
     run(*settings, "--seed", 3, "--run-dir", "lone")

@@ -14,7 +14,7 @@ EXCEPTIONS = tomllib.loads((ROOT / "tests/parity_exceptions.toml").read_text())
 PAIRS = list(combinations(SCRIPTS, 2))
 # Lines of a script, and of its algorithm, State to Update. What scripts share is 470 lines; PPO-CMA adds three
 # networks, history, action repeat, full covariance and an agent to drive by hand, and cannot keep the usual limits.
-LIMITS = {"ppo_cma": (920, 340)}
+LIMITS = {"ppo_cma": (925, 340)}
 BANNERS = (
     "Settings, State, Networks, Distribution, Statistics, Advantages and losses, Update, Environments, Rollout, Run"
 )
