@@ -3,7 +3,7 @@
     python benchmarks/curves.py runs/ppo_continuous/HalfCheetah-v4/ppo/seed1-3 ... --out benchmarks/results/curves.png
 
 The data lie beside the picture, as JSON. What is there already stays in the picture, but for a new run of the same
-environment and experiment, which replaces it.
+environment and experiment, which replaces it; without new runs the picture is drawn again.
 """
 
 import json
@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import EngFormatter
 
 
 def curve(folder: Path, points: int = 200) -> tuple[np.ndarray, np.ndarray]:
@@ -27,7 +28,9 @@ def curve(folder: Path, points: int = 200) -> tuple[np.ndarray, np.ndarray]:
     return grid, np.array([y[n].mean() for n in near])
 
 
-def main(folders: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("benchmarks/results/curves.png")) -> None:
+def main(
+    folders: tyro.conf.Positional[tuple[Path, ...]] = (), out: Path = Path("benchmarks/results/curves.png")
+) -> None:
     path = out.with_suffix(".json")
     lines = {line["name"]: line for line in (json.loads(path.read_text()) if path.exists() else [])}
     for folder in folders:
@@ -39,14 +42,18 @@ def main(folders: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("benc
         lines[line["name"]] = line | {"steps": curves[0][0].tolist(), "returns": returns.tolist()}
     path.write_text(json.dumps(list(lines.values())) + "\n")
     ids = list(dict.fromkeys(line["env_id"] for line in lines.values()))
-    figure, axes = plt.subplots(1, len(ids), figsize=(4.5 * len(ids), 3.4), squeeze=False, layout="constrained")
+    rows, columns = -(-len(ids) // 3), min(len(ids), 3)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.5 * columns, 3.4 * rows), squeeze=False, layout="constrained")
+    for axis in axes.ravel()[len(ids) :]:
+        axis.set_axis_off()
     for line in lines.values():
-        axis, returns = axes[0, ids.index(line["env_id"])], np.array(line["returns"])
+        axis, returns = axes.ravel()[ids.index(line["env_id"])], np.array(line["returns"])
         label = f"{line['args']['exp_name']}, {len(returns)} seeds"
         (drawn,) = axis.plot(line["steps"], returns.mean(axis=0), label=label)
         axis.fill_between(line["steps"], returns.min(axis=0), returns.max(axis=0), color=drawn.get_color(), alpha=0.2)
-    for axis, name in zip(axes[0], ids, strict=True):
+    for axis, name in zip(axes.flat, ids, strict=False):
         axis.set(title=name, xlabel="steps per seed", ylabel="episodic return")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.legend()
     figure.savefig(out, dpi=110)
 
