@@ -3,7 +3,7 @@
     git clone https://github.com/ppocma/ppocma ../ppocma
     python benchmarks/cma_speed.py --authors ../ppocma --peer-python ../peers/bin/python
 
-where that Python has tensorflow, gymnasium, matplotlib and numpy<2.4. Both train MountainCarContinuous-v0 with N = 4000.
+where that Python has tensorflow, gymnasium, matplotlib and numpy<2.4. Both train MountainCarContinuous-v0 at N = 4000.
 Steps per second leave out what comes before the first step (ours: compilation; both: fitting the first policy). Writes
 benchmarks/results/cma_speed.json.
 """

@@ -42,7 +42,8 @@ def main(
         lines[line["name"]] = line | {"steps": curves[0][0].tolist(), "returns": returns.tolist()}
     path.write_text(json.dumps(list(lines.values())) + "\n")
     ids = list(dict.fromkeys(line["env_id"] for line in lines.values()))
-    rows, columns = -(-len(ids) // 3), min(len(ids), 3)
+    columns = len(ids) if len(ids) <= 4 else 3
+    rows = -(-len(ids) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.5 * columns, 3.4 * rows), squeeze=False, layout="constrained")
     for axis in axes.ravel()[len(ids) :]:
         axis.set_axis_off()
