@@ -10,14 +10,12 @@ benchmarks/results/cma_speed.json.
 
 import json
 import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import tyro
+from speed import ROOT, ours
 
-ROOT = Path(__file__).parents[1]
 CASES = {
     "default": "--total-timesteps 200000",
     "4 seeds": "--num-seeds 4 --total-timesteps 120000",
@@ -53,13 +51,6 @@ print("sps", Env.steps / (time.perf_counter() - clock[0]))
 """
 
 
-def ours(flags: str) -> dict:
-    with tempfile.TemporaryDirectory() as folder:
-        run = [sys.executable, str(ROOT / "ppo_cma.py"), *flags.split(), "--run-dir", folder]
-        subprocess.run(run, check=True, capture_output=True)
-        return json.loads((Path(folder) / "result.json").read_text())
-
-
 def theirs(authors: Path, python: str, steps: int) -> float:
     run = [python, "-c", PEER.replace("STEPS", str(steps))]
     out = subprocess.run(run, check=True, stdout=subprocess.PIPE, text=True, cwd=authors).stdout
@@ -71,7 +62,7 @@ def main(authors: Path, peer_python: str, repeats: int = 3, peer_steps: int = 40
     for _ in range(repeats):
         rows["authors' code"].append(theirs(authors, str(Path(peer_python).absolute()), peer_steps))
         for name, flags in CASES.items():
-            result = ours(flags)
+            result = ours(flags, "ppo_cma.py")
             rows[name].append(result["sps"])
     middle = {name: float(np.median(values)) for name, values in rows.items()}
     ratios = {f"{name} / authors' code": middle[name] / middle["authors' code"] for name in CASES}

@@ -42,9 +42,9 @@ print("sps", 4096 / (time.perf_counter() - start))
 """
 
 
-def ours(flags: str) -> dict:
+def ours(flags: str, script: str = "ppo_continuous.py") -> dict:
     with tempfile.TemporaryDirectory() as folder:
-        run = [sys.executable, str(ROOT / "ppo_continuous.py"), *flags.split(), "--run-dir", folder]
+        run = [sys.executable, str(ROOT / script), *flags.split(), "--run-dir", folder]
         subprocess.run(run, check=True, capture_output=True)
         return json.loads((Path(folder) / "result.json").read_text())
 
