@@ -1,40 +1,64 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["jax>=0.10", "flax>=0.12", "optax>=0.2.6", "orbax-checkpoint>=0.11.30", "tyro>=0.9", "tqdm>=4.66",
-#   "envpool>=1.2", "gymnasium[box2d,mujoco]>=1.2", "tensorboard>=2.19", "tensorboardX>=2.6.4", "imageio[ffmpeg]>=2.37"]
+# dependencies = [
+#   "jax>=0.10",
+#   "flax>=0.12",
+#   "optax>=0.2.6",
+#   "envpool>=1.2",
+#   "gymnasium[box2d,mujoco]>=1.2",
+#   "tyro>=0.9",
+#   "tensorboard>=2.19",
+#   "tqdm>=4.66",
+#   "imageio[ffmpeg]>=2.37",
+# ]
 # ///
-"""PPO-CMA-m, PPO-CMA and PPO for bounded continuous (Box) actions, as published. One file: run it, copy it, change it.
+"""PPO-CMA-m, PPO-CMA and PPO for bounded continuous (Box) actions, as published. One file.
 
-    python ppo_cma.py --env-id MountainCarContinuous-v0 --seed 1  # train; the same command again resumes
-    python ppo_cma.py --env-id Hopper-v4 --action-repeat 2 --num-envs 8 --batch-size 512  # N = 8000, as in the paper
+    python ppo_cma.py --env-id MountainCarContinuous-v0 --seed 1  # the same command again resumes
+    python ppo_cma.py --env-id Hopper-v4 --action-repeat 2 --num-envs 8 --batch-size 512  # N = 8000
     python ppo_cma.py --env-id MountainCarContinuous-v0 --seed 1 --mode eval --video
 
-PPO-CMA: Hämäläinen et al., arXiv 1810.02541, and the authors' code. GAE: 1506.02438. Axes are always [S, T, N, ...]:
-seeds, steps, environments per seed; H iterations of history, minibatches of B, U action size, P processes. An iteration
-has num_envs * num_steps simulation steps; one decision of the policy is held for action_repeat of them.
+PPO-CMA: Hämäläinen et al., arXiv 1810.02541, and the authors' code. GAE: 1506.02438.
+Axes are always [S, T, N, ...]: seeds, steps, environments per seed. H iterations of history,
+minibatches of B rows, U action size, P processes. An iteration has num_envs * num_steps simulation
+steps; one decision of the policy is held for action_repeat of them.
 
 Differs from the authors' code:
-1. Rollouts have a fixed size. Episodes go on in the next; where a return is cut, the critic's value is the rest.
-2. Truncated steps bootstrap from the value of their true last observation, terminated ones do not (theirs: all do).
-3. Decisions are held for 8 steps, not 2: the first policy finds MountainCarContinuous's goal five times as often.
+1. Rollouts have a fixed size. Episodes go on in the next; where a return is cut, the critic's
+   value is the rest.
+2. Truncated steps bootstrap from the value of their true last observation, terminated ones do not
+   (theirs: all do).
+3. Decisions are held for 8 steps, not 2: the first policy finds MountainCarContinuous's goal five
+   times as often.
 4. --covariance full, with a Cholesky factor per state, is ours.
 """
 
-import ctypes
+import ast
 import difflib
+import fcntl
+import hashlib
+import io
 import json
+import math
+import multiprocessing
 import os
+import platform
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import envpool
+import flax
 import flax.linen as nn
 import gymnasium
 import imageio.v3
@@ -42,100 +66,227 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import tyro
+from gymnasium import spaces
 from jax import Array
 from jax.experimental import io_callback, multihost_utils
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
-from tensorboardX import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.histogram.summary_v2 import histogram_pb
+from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+from tensorboard.plugins.text.summary_v2 import text_pb
+from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 
 # --- Settings ---
-@dataclass(frozen=True)  # hashable; the comments are the help texts
+@dataclass(frozen=True)  # hashable: goes into jit as a static argument
 class Args:
     # Run
-    env_id: str = "MountainCarContinuous-v0"  # of EnvPool or Gymnasium, or module:EnvId (module is imported first)
-    seed: int = 1  # random seed; of several, the first
-    num_seeds: int = 1  # S, independent runs in this process, with seeds seed, seed + 1, ...
-    total_timesteps: int = 1_000_000  # environment steps per seed
-    exp_name: str = "ppo-cma"  # name of this experiment, a part of the run folder
-    run_dir: str = ""  # run folder; empty: runs/<script>/<env-id>/<exp-name>/seed<seed>
-    clobber: bool = False  # delete the run folder and start afresh
-    checkpoint_interval: int = 50  # iterations between checkpoints
-    log_interval: int = 1  # iterations between writes to TensorBoard (histograms: every tenth write)
-    mode: Literal["train", "eval"] = "train"  # eval: run the run folder's policy, deterministically
-    eval_episodes: int = 100  # evaluation episodes per seed
-    video: bool = False  # in eval mode, film an episode of the first seed as mp4 and GIF
-    platform: Literal["auto", "cpu", "gpu"] = "auto"  # where updates run; rollouts stay on the CPU, beside environments
-    distributed: bool = False  # one of P processes started by mpirun or srun; each steps num_envs / P environments
+    env_id: str = "MountainCarContinuous-v0"
+    """environment of EnvPool or Gymnasium, or module:EnvId (module is imported first)"""
+    env_kwargs: str = "{}"
+    """keyword arguments of the environment's constructor, as JSON: '{"terrain": "hills"}'"""
+    seed: int = 1
+    """random seed; of several, the first"""
+    num_seeds: int = 1
+    """S, independent runs in this process, with seeds seed, seed + 1, ..."""
+    total_timesteps: int = 1_000_000
+    """environment steps per seed; whole rollouts, so rounded down"""
+    exp_name: str = "ppo-cma"
+    """name of this experiment, a part of the run folder"""
+    run_dir: str = ""
+    """run folder; empty: runs/<script>/<env-id>/<exp-name>/seed<seed>"""
+    clobber: bool = False
+    """delete the run in the run folder and start afresh"""
+    checkpoint_interval: int = 50
+    """iterations between checkpoints"""
+    log_interval: int = 1
+    """iterations between writes to TensorBoard (histograms: every tenth write)"""
+    mode: Literal["train", "eval"] = "train"
+    """eval: run the run folder's policy, deterministically"""
+    eval_episodes: int = 100
+    """evaluation episodes per seed"""
+    eval_steps: int = 100_000
+    """steps after which an evaluation episode that does not end counts as it is"""
+    video: bool = False
+    """in eval mode, film an episode of the first seed as mp4 and GIF"""
+    platform: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
+    """where updates run; rollouts stay on the CPU, beside the environments"""
+    distributed: bool = False
+    """one of P processes started by mpirun or srun; each steps num_envs / P environments"""
+    vectorization: Literal["sync", "async"] = "sync"
+    """Gymnasium's environments one after another, or each in a process of its own"""
     # Rollout
-    num_envs: int = 4  # N, parallel environments per seed
-    num_steps: int = 1000  # T, steps per environment and rollout
-    action_repeat: int = 8  # simulation steps that a decision is held for; 1 or 2 for MuJoCo
-    gamma: float = 0.99  # discount factor
-    gae_lambda: float = 0.95  # GAE mixing: 0 is the one-step error, 1 the Monte Carlo return
-    scale_obs: bool = True  # divide observations by twice the root of the largest mean square of an iteration so far
-    clip_obs: float = float("inf")  # bound on normalised observations (inf: off)
+    num_envs: int = 4
+    """N, parallel environments per seed"""
+    num_steps: int = 1000
+    """T, steps per environment and rollout"""
+    action_repeat: int = 8
+    """simulation steps that a decision is held for; 1 or 2 for MuJoCo"""
+    gamma: float = 0.99
+    """discount factor"""
+    gae_lambda: float = 0.95
+    """GAE mixing: 0 is the one-step error, 1 the Monte Carlo return"""
+    scale_obs: bool = True
+    """divide observations by twice the root of the largest mean square of an iteration so far"""
+    clip_obs: float = math.inf
+    """bound on normalised observations (inf: off)"""
     # Update
-    algorithm: Literal["ppo-cma-m", "ppo-cma", "ppo", "pg", "pg-pos"] = "ppo-cma-m"  # pg: plain policy gradients
-    learning_rate: float = 5e-4  # Adam's step size
-    num_updates: int = 100  # gradient steps of each network per iteration
-    batch_size: int = 2048  # B, drawn with replacement for each gradient step; at most the decisions of a rollout
-    history_size: int = 9  # H, iterations that the variance learns from
-    clip_coef: float = 0.2  # epsilon, the bound on |ratio - 1|
-    ent_coef: float = 0.0  # weight of the entropy bonus
-    value_loss: Literal["l1", "l2", "soft-l1"] = "l1"  # of the critic
-    time_scale: float = 1e-3  # of the critic's extra input, decisions since the episode began
+    algorithm: Literal["ppo-cma-m", "ppo-cma", "ppo", "pg", "pg-pos"] = "ppo-cma-m"
+    """PPO-CMA with and without mirroring, PPO, and plain policy gradients"""
+    learning_rate: float = 5e-4
+    """Adam's step size"""
+    num_updates: int = 100
+    """gradient steps of each network per iteration"""
+    batch_size: int = 2048
+    """B, rows drawn with replacement for a gradient step; at most the decisions of a rollout"""
+    history_size: int = 9
+    """H, iterations that the variance learns from"""
+    clip_coef: float = 0.2
+    """epsilon, the bound on |ratio - 1|"""
+    clip_advantage: float = math.inf
+    """bound on advantages, in their standard deviations (inf: off; the authors tried 3)"""
+    ent_coef: float = 0.0
+    """weight of the entropy bonus"""
+    value_loss: Literal["l1", "l2", "soft-l1"] = "l1"
+    """of the critic"""
+    time_scale: float = 1e-3
+    """of the critic's extra input, decisions since the episode began"""
     # Network
-    covariance: Literal["diagonal", "full"] = "diagonal"  # of the policy; full: a Cholesky factor per state
-    std_min: float = 0.01  # least standard deviation, in the environment's units (the largest is the action range)
-    init_mean: float = 0.0  # mean of the first policy, in half ranges from the middle of the action range
-    init_std: float = 1.0  # standard deviation of the first policy, in half ranges
-    init_updates: int = 1999  # gradient steps towards that policy before the first iteration
-    hidden_sizes: tuple[int, ...] = (128, 128)  # widths of the hidden layers, actor and critic alike
-    dense_skips: bool = True  # layers see the input and all layers before them, as in every released version
-    leak: float = 0.1  # slope of the leaky ReLU below zero
+    covariance: Literal["diagonal", "full"] = "diagonal"
+    """of the policy; full: a Cholesky factor per state"""
+    std_min: float = 0.01
+    """least standard deviation, in the environment's units (the largest is the action range)"""
+    init_mean: float = 0.0
+    """mean of the first policy, in half ranges from the middle of the action range"""
+    init_std: float = 1.0
+    """standard deviation of the first policy, in half ranges"""
+    init_updates: int = 1999
+    """gradient steps towards that policy before the first iteration"""
+    hidden_sizes: tuple[int, ...] = (128, 128)
+    """widths of the hidden layers, actor and critic alike"""
+    dense_skips: bool = True
+    """layers see the input and all layers before them, as in every released version"""
+    leak: float = 0.1
+    """slope of the leaky ReLU below zero"""
 
     @property
-    def num_iterations(self) -> int:
-        return self.total_timesteps // (self.num_envs * self.num_steps)
+    def rollout_size(self) -> int:
+        return self.num_envs * self.num_steps
 
     @property
     def minibatch_size(self) -> int:
-        return min(self.batch_size, self.num_envs * -(-self.num_steps // max(self.action_repeat, 1)))
+        decisions = self.num_envs * math.ceil(self.num_steps / max(self.action_repeat, 1))
+        return min(self.batch_size, decisions)
+
+    @property
+    def num_iterations(self) -> int:
+        return self.total_timesteps // self.rollout_size
 
     @property
     def folder(self) -> Path:
-        name = f"seed{self.seed}" + (f"-{self.seed + self.num_seeds - 1}" if self.num_seeds > 1 else "")
-        return Path(self.run_dir or Path("runs", Path(__file__).stem, self.env_id, self.exp_name, name)).absolute()
+        if self.run_dir:
+            return Path(self.run_dir).resolve()
+        name = f"seed{self.seed}"
+        if self.num_seeds > 1:
+            name += f"-{self.seed + self.num_seeds - 1}"
+        return Path("runs", Path(__file__).stem, self.env_id, self.exp_name, name).resolve()
 
 
-def fail(message: str, code: int = 2) -> None:
-    """Ends the program with one line on stderr. Raises: SystemExit."""
-    print(f"{Path(__file__).name}: {message.splitlines()[0]}", file=sys.stderr)
-    sys.exit(code)
+def note(message: str) -> None:
+    """Prints a line on stderr, if anybody still listens there."""
+    with suppress(OSError, ValueError):
+        print(f"{Path(__file__).name}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+class Failure(SystemExit):
+    """What ends the program; main says why in one line, the last, when all else is closed."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(code)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Ends the program with one line on stderr. Raises: Failure."""
+    raise Failure(message, code)
+
+
+def flag(name: str) -> str:
+    """Returns a setting's name as it is typed."""
+    return f"--{name.replace('_', '-')}"
+
+
+def require_between(args: Args, names: str, low: float, high: float = math.inf) -> None:
+    """Stops with exit code 2 at the first of the settings that is not in [low, high]."""
+    for name in names.split():
+        value = getattr(args, name)
+        if not low <= value <= high:
+            wanted = f"{low} or more" if high == math.inf else f"{low} to {high}"
+            fail(f"{flag(name)} is {value}: give {wanted}")
+
+
+def require_positive(args: Args, names: str) -> None:
+    """Stops with exit code 2 at the first of the settings that is not above 0."""
+    for name in names.split():
+        value = getattr(args, name)
+        if not value > 0:
+            fail(f"{flag(name)} is {value}: give a number above 0")
+
+
+def require_finite(args: Args, names: str) -> None:
+    """Stops with exit code 2 at the first of the settings that is infinite or no number."""
+    for name in names.split():
+        value = getattr(args, name)
+        if not math.isfinite(value):
+            fail(f"{flag(name)} is {value}: give a finite number")
+
+
+def validate_run(args: Args) -> None:
+    """Stops with exit code 2 at a setting of the run that cannot work in any script."""
+    counts = "num_seeds total_timesteps checkpoint_interval log_interval eval_episodes eval_steps"
+    require_between(args, f"{counts} num_envs num_steps", 1, 2**31 - 1)
+    require_between(args, "seed", 0, 2**31 - args.num_seeds)
+    require_between(args, "gamma gae_lambda", 0, 1)
+    if not args.exp_name or args.exp_name.startswith("/") or ".." in Path(args.exp_name).parts:
+        fail(f"--exp-name {args.exp_name!r}: give a name without .. and without a leading slash")
+    if not all(size >= 1 for size in args.hidden_sizes):
+        fail(f"--hidden-sizes {args.hidden_sizes}: give widths of 1 or more")
+    if args.num_iterations < 1:
+        rollout_size = f"one rollout, --num-envs {args.num_envs} x --num-steps {args.num_steps}"
+        fail(f"--total-timesteps {args.total_timesteps} is below {rollout_size}: raise it")
+    read_env_kwargs(args)
+
+
+def read_env_kwargs(args: Args) -> dict:
+    """Returns --env-kwargs as a dict. Stops with exit code 2 if they are none."""
+    try:
+        found = json.loads(args.env_kwargs)
+    except ValueError as error:
+        fail(f"--env-kwargs {args.env_kwargs!r} is not JSON ({error}): give '{{\"name\": value}}'")
+    if not isinstance(found, dict):
+        fail(f"--env-kwargs {args.env_kwargs!r}: give '{{\"name\": value}}'")
+    return found
 
 
 def validate(args: Args) -> None:
-    """Stops with exit code 2 at the first setting that cannot work, naming its flag and the remedy."""
-    N, T, B, P, last = args.num_envs, args.num_steps, args.batch_size, jax.process_count(), 2**31 - args.num_seeds
-    any_sign = "seed gamma gae_lambda ent_coef time_scale init_mean init_updates leak".split()
-    for name in [k for k, v in asdict(args).items() if type(v) in (int, float) and k not in any_sign and not v > 0]:
-        fail(f"--{name.replace('_', '-')} is {getattr(args, name)}: give a number above 0")
-    fine = {
-        f"--num-envs {N} does not divide among {P} processes: give a multiple of that": N % P == 0,
-        f"--batch-size {B} does not divide among {P} processes: give a multiple of that": B % P == 0,
-        f"--total-timesteps {args.total_timesteps} is below one rollout of {N * T}: raise it": args.num_iterations > 0,
-        f"--gamma {args.gamma}: give 0 to 1": 0 <= args.gamma <= 1,
-        f"--gae-lambda {args.gae_lambda}: give 0 to 1": 0 <= args.gae_lambda <= 1,
-        f"--seed {args.seed} is out of range: give 0 to {last}": 0 <= args.seed <= last,
-        f"--num-steps {T} is below --action-repeat {args.action_repeat}: raise it": args.action_repeat <= T,
-        f"--init-updates {args.init_updates}: give 0 or more": args.init_updates >= 0,
-    }
-    if not all(fine.values()):
-        fail(min(fine, key=fine.get))
+    """Stops with exit code 2 at the first setting that cannot work, naming flag and remedy."""
+    validate_run(args)
+    require_between(args, "action_repeat num_updates batch_size history_size", 1, 2**31 - 1)
+    require_between(args, "init_updates", 0, 2**31 - 1)
+    require_positive(args, "clip_obs learning_rate clip_coef clip_advantage std_min init_std")
+    require_between(args, "ent_coef time_scale", 0)
+    require_finite(args, "learning_rate clip_coef ent_coef time_scale std_min init_std")
+    require_finite(args, "init_mean leak")
+    if args.num_steps < args.action_repeat:
+        steps = f"--num-steps {args.num_steps}"
+        fail(f"{steps} is below --action-repeat {args.action_repeat}: raise it")
 
 
 # --- State ---
@@ -146,13 +297,13 @@ class Scaler(NamedTuple):  # of one leaf of the observations
 
 
 class Transition(NamedTuple):  # one step; a rollout stacks T of them: [T, N, ...]
-    obs: Any  # raw; of a whole rollout [T + 1, N, K, ...]: obs[t + 1] is the true next observation
+    obs: Any  # raw; of a rollout [T + 1, N, K, ...]: obs[t + 1] is the true next observation
     action: Array  # [T, N, U], as sampled, before the environment's bounds
     reward: Array  # raw
     terminated: Array  # 1: no value beyond this step
     done: Array  # 1: terminated or truncated
     mask: Array  # 0: the environment reset itself on this step, which is not experience
-    episodic_return: Array  # real and unclipped, so far: the whole episode's where done and mask are 1
+    episodic_return: Array  # real and unclipped, so far: the whole episode's where done is 1
     episodic_length: Array
     discounted_return: Array  # of raw rewards, so far: what scales rewards
 
@@ -167,6 +318,14 @@ class Batch(NamedTuple):  # decisions, [B, ...]
     log_prob: Array  # of action under that policy
 
 
+class Schedule(NamedTuple):  # numbers that are swept: traced, so that nothing recompiles
+    learning_rate: Array
+    clip_coef: Array
+    ent_coef: Array
+    gamma: Array
+    gae_lambda: Array
+
+
 class Training(NamedTuple):  # what rollouts do not need
     adam: dict[str, optax.OptState]  # per network
     history: Batch  # [H, T*N, ...], a ring of iterations; decisions first, then what nothing reads
@@ -177,73 +336,121 @@ class LearnerState(NamedTuple):  # what a checkpoint holds
     params: Any
     opt_state: Training
     obs_stats: Any  # like one observation, Scaler for leaves
+    schedule: Schedule
     key: Array  # [2], of the whole run; each iteration's keys are folded from it
     iteration: Array  # []
     episodes: Array  # [], ended so far
-    returns: Array  # [100], the last training episodes', nan where there are fewer
+    returns: Array  # [100], of the last training episodes, the newest last; 0 before the first
 
 
 # --- Networks ---
-class Dense(nn.Module):  # each output's weights have norm 1; biases centre the batch that init sees
+def unit_columns(key: Array, shape: tuple[int, int], dtype: Any) -> Array:
+    """Returns random weights [in, out], those of each output with norm 1."""
+    weights = jax.random.normal(key, shape, dtype)
+    return weights / jnp.linalg.norm(weights, axis=0)
+
+
+class Dense(nn.Module):
+    """A layer whose first biases centre the batch that init sees."""
+
     size: int
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        normal = nn.initializers.normal(1.0)
-        unit = lambda *a: (w := normal(*a)) / jnp.linalg.norm(w, axis=0)  # noqa: E731
-        kernel = self.param("kernel", unit, (x.shape[-1], self.size), jnp.float32)
-        return x @ kernel + self.param("bias", lambda key: -jnp.mean(x @ kernel, axis=0))
+        """Returns [B, size] for [B, in]."""
+        kernel = self.param("kernel", unit_columns, (x.shape[-1], self.size), jnp.float32)
+        bias = self.param("bias", lambda key: -jnp.mean(x @ kernel, axis=0))
+        return x @ kernel + bias
 
 
 class MLP(nn.Module):
+    """Leaky ReLU layers, each of which may see all that came before it."""
+
     size: int
     args: Args
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """Returns [B, size] for [B, in]."""
         for width in self.args.hidden_sizes:
             new = nn.leaky_relu(Dense(width)(x), self.args.leak)
             x = jnp.concatenate([x, new], axis=-1) if self.args.dense_skips else new
         return Dense(self.size)(x)
 
 
-class ActorCritic(nn.Module):  # mean, std and critic (policy, critic); the compiler leaves out what is not used
-    action_space: Any
+class ActorCritic(nn.Module):
+    """Networks for mean, standard deviation and value; the compiler leaves out what is dropped."""
+
+    action_space: spaces.Box
     args: Args
 
     @nn.compact
     def __call__(self, obs: Any, time: Array | float = 0.0) -> tuple["Gaussian", Array]:
-        x = jnp.concatenate([x.reshape(len(x), -1) for x in jax.tree.leaves(obs)], axis=-1)
-        low, high = (jnp.asarray(b.ravel(), x.dtype) for b in (self.action_space.low, self.action_space.high))
-        U, full, half = low.size, self.args.covariance == "full", (high - low) / 2
-        std_size = U + U * (U - 1) // 2 * full
-        if self.args.algorithm.startswith("ppo-cma"):
-            mean, std = MLP(U, self.args, name="mean")(x), MLP(std_size, self.args, name="std")(x)
+        """Returns the policy, leaves [B, U], and values [B], for observations [B, ...].
+
+        Args:
+            time: decisions since the episode began, [B], which only the critic sees.
+        """
+        args = self.args
+        leaves = [leaf.reshape(len(leaf), -1) for leaf in jax.tree.leaves(obs)]
+        x = jnp.concatenate(leaves, axis=-1)
+        low = jnp.asarray(self.action_space.low.ravel(), x.dtype)
+        high = jnp.asarray(self.action_space.high.ravel(), x.dtype)
+        action_size = low.size
+        skew_size = 0
+        if args.covariance == "full":
+            skew_size = action_size * (action_size - 1) // 2
+
+        std_size = action_size + skew_size
+        if args.algorithm.startswith("ppo-cma"):
+            mean = MLP(action_size, args, name="mean")(x)
+            std = MLP(std_size, args, name="std")(x)
         else:
-            mean, std = jnp.split(MLP(U + std_size, self.args, name="policy")(x), [U], axis=-1)
-        time = jnp.broadcast_to(jnp.asarray(time, x.dtype)[..., None] * self.args.time_scale, (len(x), 1))
-        value = MLP(1, self.args, name="critic")(jnp.concatenate([x, time], axis=-1))[:, 0]
-        mean, smallest = low + (high - low) * nn.sigmoid(mean), np.log(self.args.std_min).item()
-        log_std = smallest + (jnp.log(high - low) - smallest) * nn.sigmoid(std[:, :U])
-        skew = jnp.zeros((len(x), U, U), x.dtype).at[:, *np.tril_indices(U, -1)].set(std[:, U:]) if full else None
-        # A parameter that nothing trains: until the first update sets it to 1, a fixed Gaussian acts
-        warm = self.param("warm", nn.initializers.zeros, ()) > 0
-        first = low + half * (1 + self.args.init_mean), jnp.log(half * self.args.init_std)
-        policy = Gaussian(jnp.where(warm, mean, first[0]), jnp.where(warm, log_std, first[1]), None)
-        return policy._replace(skew=skew * warm if full else None), value
+            joint = MLP(action_size + std_size, args, name="policy")(x)
+            mean, std = jnp.split(joint, [action_size], axis=-1)
+        time = jnp.asarray(time, x.dtype)[..., None] * args.time_scale
+        time = jnp.broadcast_to(time, (len(x), 1))
+        value = MLP(1, args, name="critic")(jnp.concatenate([x, time], axis=-1))[:, 0]
+
+        mean = low + (high - low) * nn.sigmoid(mean)
+        smallest = math.log(args.std_min)
+        largest = jnp.log(high - low)
+        log_std = smallest + (largest - smallest) * nn.sigmoid(std[:, :action_size])
+
+        # A parameter that nothing trains: until the first update sets it to 1, a fixed Gaussian
+        # acts, as the observations' scaler knows nothing yet
+        warm = self.param("warm", nn.initializers.zeros, ())
+        half = (high - low) / 2
+        first_mean = low + half * (1 + args.init_mean)
+        first_log_std = jnp.log(half * args.init_std)
+        policy = Gaussian(
+            mean=jnp.where(warm > 0, mean, first_mean),
+            log_std=jnp.where(warm > 0, log_std, first_log_std),
+            skew=None,
+        )
+        if args.covariance == "full":
+            below = np.tril_indices(action_size, -1)
+            skew = jnp.zeros((len(x), action_size, action_size), x.dtype)
+            skew = skew.at[:, *below].set(std[:, action_size:])
+            policy = policy._replace(skew=skew * (warm > 0))
+        return policy, value
 
 
 # --- Distribution ---
+LOG_2_PI = math.log(2 * math.pi)
+
+
 class Gaussian(NamedTuple):  # leaves [..., U]
     mean: Array
     log_std: Array
-    skew: Array | None  # [..., U, U], strictly lower triangular: the Cholesky factor is diag(std) (1 + skew); None: 0
+    skew: Array | None  # [..., U, U], strictly lower: the Cholesky factor is diag(std) (1 + skew)
 
 
 def sample_action(policy: Gaussian, noise: Array) -> Array:
-    """Returns actions [..., U] from standard normal noise [..., U]; noise 0 gives the deterministic action."""
-    skewed = 0 if policy.skew is None else jnp.einsum("...ij,...j->...i", policy.skew, noise)
-    return policy.mean + jnp.exp(policy.log_std) * (noise + skewed)
+    """Returns actions [..., U] from standard normal noise [..., U]; noise 0 gives the mean."""
+    if policy.skew is not None:
+        noise = noise + jnp.einsum("...ij,...j->...i", policy.skew, noise)
+    return policy.mean + jnp.exp(policy.log_std) * noise
 
 
 def standardize(policy: Gaussian, action: Array) -> Array:
@@ -258,19 +465,20 @@ def standardize(policy: Gaussian, action: Array) -> Array:
 def log_prob(policy: Gaussian, action: Array) -> Array:
     """Returns the log density [...] of actions [..., U]."""
     noise = standardize(policy, action)
-    return jnp.sum(-0.5 * jnp.square(noise) - policy.log_std - 0.5 * np.log(2 * np.pi).item(), axis=-1)
+    return jnp.sum(-0.5 * jnp.square(noise) - policy.log_std - 0.5 * LOG_2_PI, axis=-1)
 
 
 def entropy(policy: Gaussian) -> Array:
     """Returns the differential entropy [...] in nats."""
-    return jnp.sum(policy.log_std + 0.5 * np.log(2 * np.pi * np.e).item(), axis=-1)
+    return jnp.sum(policy.log_std + 0.5 * (1 + LOG_2_PI), axis=-1)
 
 
 # --- Statistics ---
 def masked_mean(x: Array, mask: Array) -> Array:
-    """Returns the mean of x [*mask.shape, ...] over mask's axes where mask is 1; 0 where it is 1 nowhere."""
+    """Returns the mean of x [*mask.shape, ...] where mask is 1; 0 where it is 1 nowhere."""
     weight = mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
-    return jnp.sum(x * weight, axis=tuple(range(mask.ndim))) / jnp.maximum(jnp.sum(mask), 1)
+    axes = tuple(range(mask.ndim))
+    return jnp.sum(x * weight, axis=axes) / jnp.maximum(jnp.sum(mask), 1)
 
 
 def masked_var(x: Array, mask: Array) -> Array:
@@ -279,10 +487,19 @@ def masked_var(x: Array, mask: Array) -> Array:
 
 
 def update_scaler(x: Array, scaler: Scaler, mask: Array) -> Scaler:
-    """Returns the scaler after one more iteration's x [T, N, ...] where mask [T, N] is 1. Source: authors' utils.py."""
+    """Returns the scaler after one more iteration's x [T, N, ...] where mask [T, N] is 1.
+
+    Source: the authors' utils.py.
+    """
     count = scaler.count + 1
-    mean_square = scaler.mean_square + (masked_mean(jnp.square(x), mask) - scaler.mean_square) / count
-    return Scaler(mean_square, jnp.minimum(scaler.scale, 1 / (2 * jnp.sqrt(mean_square) + 0.001)), count)
+    change = masked_mean(jnp.square(x), mask) - scaler.mean_square
+    mean_square = scaler.mean_square + change / count
+    scale = 1 / (2 * jnp.sqrt(mean_square) + 0.001)
+    return Scaler(
+        mean_square=mean_square,
+        scale=jnp.minimum(scaler.scale, scale),
+        count=count,
+    )
 
 
 def normalize(x: Array, scaler: Scaler, bound: float) -> Array:
@@ -290,635 +507,2105 @@ def normalize(x: Array, scaler: Scaler, bound: float) -> Array:
     return jnp.clip(x * scaler.scale, -bound, bound)
 
 
+def explained_variance(value: Array, target: Array, mask: Array) -> Array:
+    """Returns 1 - Var(target - value) / Var(target) over what mask has as 1; all one shape."""
+    return 1 - masked_var(target - value, mask) / jnp.maximum(masked_var(target, mask), 1e-8)
+
+
 # --- Advantages and losses ---
-def compute_gae(transition: Transition, value: Array, gamma: float, gae_lambda: float) -> tuple[Array, Array]:
-    """Returns advantages and targets [T, N]; value is [T + 1, N], V(s_0) to V(s_T). Source: arXiv 1506.02438, (16)."""
+def compute_gae(
+    transition: Transition, value: Array, gamma: Array, gae_lambda: Array
+) -> tuple[Array, Array]:
+    """Returns advantages and value targets, both [T, N].
+
+    Runs backwards over T: delta_t = r_t + gamma * V(s_{t+1}) * (1 - terminated_t) - V(s_t),
+    A_t = delta_t + gamma * gae_lambda * (1 - done_t) * A_{t+1}. A truncated step bootstraps from
+    its true last observation, a terminated one does not; both end the sum. Steps with mask 0 get
+    values that nothing may read.
+
+    Args:
+        transition: fields [T, N].
+        value: V(s_0) to V(s_T), [T + 1, N].
+        gamma, gae_lambda: in [0, 1].
+
+    Source: arXiv 1506.02438, eq. 16.
+    """
 
     def step(next_advantage: Array, t: tuple) -> tuple[Array, Array]:
         reward, terminated, done, value, next_value = t
-        delta = reward + gamma * next_value * (1 - terminated) - value  # truncated: its last observation's value counts
+        delta = reward + gamma * next_value * (1 - terminated) - value
         advantage = delta + gamma * gae_lambda * (1 - done) * next_advantage
         return advantage, advantage
 
+    last = jnp.zeros_like(value[0])
     steps = (transition.reward, transition.terminated, transition.done, value[:-1], value[1:])
-    _, advantage = jax.lax.scan(step, jnp.zeros_like(value[0]), steps, reverse=True, unroll=16)
+    _, advantage = jax.lax.scan(step, last, steps, reverse=True, unroll=16)
     return advantage, advantage + value[:-1]
 
 
-def critic_loss(params: Any, batch: Batch, network: nn.Module, args: Args) -> Array:
+def critic_loss(
+    params: Any, batch: Batch, schedule: Schedule, network: nn.Module, args: Args
+) -> Array:
     """Returns the mean error of the values of a minibatch."""
-    error = jnp.abs(network.apply(params, batch.obs, batch.time)[1] - batch.target)
-    losses = {"l1": error, "l2": error**2, "soft-l1": jnp.where(error <= 0.5, error**2, error - 0.25)}
-    return jnp.mean(losses[args.value_loss])
+    _, value = network.apply(params, batch.obs, batch.time)
+    error = jnp.abs(value - batch.target)
+    if args.value_loss == "l1":
+        return jnp.mean(error)
+    if args.value_loss == "l2":
+        return jnp.mean(error**2)
+    return jnp.mean(jnp.where(error <= 0.5, error**2, error - 0.25))
 
 
-def cma_std_loss(params: Any, batch: Batch, network: nn.Module, args: Args) -> Array:
-    """Returns the loss of the std network, on minibatches of H iterations. Source: arXiv 1810.02541."""
-    return -jnp.mean(nn.relu(batch.advantage) * log_prob(network.apply(params, batch.obs)[0], batch.action))
+def cma_std_loss(
+    params: Any, batch: Batch, schedule: Schedule, network: nn.Module, args: Args
+) -> Array:
+    """Returns the loss of the std network, on minibatches of H iterations.
+
+    Source: arXiv 1810.02541.
+    """
+    policy, _ = network.apply(params, batch.obs)
+    return -jnp.mean(nn.relu(batch.advantage) * log_prob(policy, batch.action))
 
 
-def cma_mean_loss(params: Any, batch: Batch, network: nn.Module, args: Args) -> Array:
-    """Returns the loss of the mean network; ppo-cma-m also draws it to the mirror images of what failed.
+def cma_mean_loss(
+    params: Any, batch: Batch, schedule: Schedule, network: nn.Module, args: Args
+) -> Array:
+    """Returns the loss of the mean network; ppo-cma-m also draws it to mirror images of failures.
 
-    The kernel makes far actions count less: exp(-d^2 / 2), the mean over dimensions; of a full covariance, d^2 is the
-    Mahalanobis distance over U. Source: arXiv 1810.02541 and the authors' policy.py.
+    The kernel makes far actions count less: exp(-d^2 / 2), the mean over dimensions; of a full
+    covariance, d^2 is the Mahalanobis distance over U.
+
+    Source: arXiv 1810.02541 and the authors' policy.py.
     """
     policy, _ = network.apply(params, batch.obs)
     loss = -nn.relu(batch.advantage) * log_prob(policy, batch.action)
     if args.algorithm == "ppo-cma-m":
-        squares = jnp.square(standardize(policy._replace(mean=batch.mean), batch.action))
-        squares = squares if policy.skew is None else jnp.mean(squares, axis=-1, keepdims=True)
+        around_old = policy._replace(mean=batch.mean)
+        squares = jnp.square(standardize(around_old, batch.action))
+        if policy.skew is not None:
+            squares = jnp.mean(squares, axis=-1, keepdims=True)
         kernel = jnp.mean(jnp.exp(-0.5 * squares), axis=-1)
-        loss -= nn.relu(-batch.advantage) * kernel * log_prob(policy, 2 * batch.mean - batch.action)
+        mirrored_action = 2 * batch.mean - batch.action
+        loss -= nn.relu(-batch.advantage) * kernel * log_prob(policy, mirrored_action)
     return jnp.mean(loss)
 
 
-def policy_loss(params: Any, batch: Batch, network: nn.Module, args: Args) -> Array:
-    """Returns the loss of a joint policy network: clipped surrogate (ppo, arXiv 1707.06347, eq. 7) or -A log pi."""
+def policy_loss(
+    params: Any, batch: Batch, schedule: Schedule, network: nn.Module, args: Args
+) -> Array:
+    """Returns the loss of a joint policy network: clipped surrogate (ppo), or -A log pi.
+
+    Source: arXiv 1707.06347, eq. 7.
+    """
     policy, _ = network.apply(params, batch.obs)
     new_log_prob = log_prob(policy, batch.action)
     loss = -batch.advantage * new_log_prob
     if args.algorithm == "ppo":
+        clip_coef = schedule.clip_coef
         ratio = jnp.exp(new_log_prob - batch.log_prob)
-        clipped = jnp.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
-        loss = jnp.maximum(-batch.advantage * ratio, -batch.advantage * clipped)
-    return jnp.mean(loss) - args.ent_coef * jnp.mean(entropy(policy))
+        clipped_ratio = jnp.clip(ratio, 1 - clip_coef, 1 + clip_coef)
+        loss = jnp.maximum(-batch.advantage * ratio, -batch.advantage * clipped_ratio)
+    return jnp.mean(loss) - schedule.ent_coef * jnp.mean(entropy(policy))
 
 
 # --- Update ---
+def own_share(batch: Any, args: Args) -> Any:
+    """Returns the rows of a minibatch [B, ...] that are this process's: the P-th part."""
+    if not args.distributed:
+        return batch
+    processes = jax.lax.axis_size("process")
+    process = jax.lax.axis_index("process")
+    return jax.tree.map(lambda x: x.reshape(processes, -1, *x.shape[1:])[process], batch)
+
+
+def average_over_processes(tree: Any, args: Args) -> Any:
+    """Returns a pytree whose leaves are the means over all processes."""
+    if not args.distributed:
+        return tree
+    flat, unravel = ravel_pytree(tree)  # one collective costs as much as one of its leaves would
+    return unravel(jax.lax.pmean(flat, "process"))
+
+
+def with_part(params: Any, part: str, own: Any) -> Any:
+    """Returns parameters in which those of one network are `own`."""
+    return {"params": params["params"] | {part: own}}
+
+
 def draw(key: Array, learner: LearnerState, slots: int, args: Args) -> Batch:
-    """Returns B decisions with replacement, of each of the newest iterations and of each decision therein alike."""
+    """Returns B decisions, drawn with replacement, their observations scaled.
+
+    Each of the newest `slots` iterations is as likely, and in it each decision.
+    """
     age_key, row_key = jax.random.split(key)
-    age = jax.random.randint(age_key, (args.minibatch_size,), 0, jnp.minimum(slots, learner.iteration + 1))
+    shape = (args.minibatch_size,)
+    age = jax.random.randint(age_key, shape, 0, jnp.minimum(slots, learner.iteration + 1))
     slot = (learner.iteration - age) % args.history_size
-    row = jax.random.uniform(row_key, (args.minibatch_size,)) * learner.opt_state.counts[slot]
-    batch = jax.tree.map(lambda x: x[slot, row.astype(jnp.int32)], learner.opt_state.history)
-    return batch._replace(obs=jax.tree.map(partial(normalize, bound=args.clip_obs), batch.obs, learner.obs_stats))
+    row = jax.random.uniform(row_key, shape) * learner.opt_state.counts[slot]
+    row = row.astype(jnp.int32)
+    batch = jax.tree.map(lambda x: x[slot, row], learner.opt_state.history)
+    normalize_leaf = partial(normalize, bound=args.clip_obs)
+    return batch._replace(obs=jax.tree.map(normalize_leaf, batch.obs, learner.obs_stats))
 
 
 def fit_step(
-    carry: tuple, key: Array, learner: LearnerState, part: str, loss: Callable, network: Any, args: Args
-) -> tuple:
-    """Returns (parameters, Adam's state) of one network after one gradient step on a minibatch, and the loss."""
+    carry: tuple[Any, optax.OptState],
+    key: Array,
+    learner: LearnerState,
+    part: str,
+    loss: Callable,
+    network: nn.Module,
+    args: Args,
+) -> tuple[tuple[Any, optax.OptState], Array]:
+    """Returns a network's parameters and Adam's state after one gradient step, and the loss."""
     params, adam = carry
-    batch = draw(key, learner, args.history_size if part == "std" else 1, args)
-    if args.distributed:  # each of P processes takes its P-th part
-        processes, process = jax.lax.axis_size("process"), jax.lax.axis_index("process")
-        batch = jax.tree.map(lambda x: x.reshape(processes, -1, *x.shape[1:])[process], batch)
-    whole = lambda own: {"params": learner.params["params"] | {part: own}}  # noqa: E731
-    value, grads = jax.value_and_grad(lambda own: loss(whole(own), batch, network, args))(params)
-    if args.distributed:
-        flat, unravel = ravel_pytree((value, grads))  # one collective costs as much as one of its leaves would
-        value, grads = unravel(jax.lax.pmean(flat, "process"))
+    slots = args.history_size if part == "std" else 1
+    batch = own_share(draw(key, learner, slots, args), args)
+
+    def loss_of_part(own: Any) -> Array:
+        whole = with_part(learner.params, part, own)
+        return loss(whole, batch, learner.schedule, network, args)
+
+    value, grads = jax.value_and_grad(loss_of_part)(params)
+    value, grads = average_over_processes((value, grads), args)
     direction, adam = optax.scale_by_adam().update(grads, adam)
-    return (jax.tree.map(lambda p, d: p - args.learning_rate * d, params, direction), adam), value
+    rate = learner.schedule.learning_rate
+    return (jax.tree.map(lambda p, d: p - rate * d, params, direction), adam), value
 
 
-def fit(learner: LearnerState, key: Array, part: str, loss: Callable, network: nn.Module, args: Args) -> tuple:
-    """Returns the learner after num_updates gradient steps of one of its networks, and the mean loss."""
+def fit(
+    learner: LearnerState, key: Array, part: str, loss: Callable, network: nn.Module, args: Args
+) -> tuple[LearnerState, Array]:
+    """Returns the learner after num_updates gradient steps of one network, and the mean loss."""
     step = partial(fit_step, learner=learner, part=part, loss=loss, network=network, args=args)
-    own = learner.params["params"][part], learner.opt_state.adam[part]
-    (params, adam), losses = jax.lax.scan(step, own, jax.random.split(key, args.num_updates))
+    start = (learner.params["params"][part], learner.opt_state.adam[part])
+    (own, adam), losses = jax.lax.scan(step, start, jax.random.split(key, args.num_updates))
     opt_state = learner.opt_state._replace(adam=learner.opt_state.adam | {part: adam})
-    params = {"params": learner.params["params"] | {part: params}}
+    params = with_part(learner.params, part, own)
     return learner._replace(params=params, opt_state=opt_state), jnp.mean(losses)
 
 
-def decisions(transition: Transition, repeat: int) -> tuple[Transition, Array]:
-    """Returns transitions of decisions, and how many decisions of the episode came before [T + 1, N].
+def merge_held_steps(rollout: Transition, repeat: int) -> tuple[Transition, Array]:
+    """Returns transitions of decisions [T, N, ...], and the episode's decisions before [T + 1, N].
 
-    A decision's reward and end are those of the steps it was held for. Steps that only held one come first, mask 0: so
-    behind each decision stands the next one, or the true last observation of its episode.
+    A decision's reward and end are those of the steps it was held for. Steps that only held one
+    come first, with mask 0: so behind each decision stands the next one, or the true last
+    observation of its episode.
     """
-    mask, phase = transition.mask, (transition.episodic_length - 1) % repeat
-    later = lambda x, k: jnp.pad((x * mask * (phase == k))[k:], ((0, k), (0, 0)))  # noqa: E731
-    held = lambda x: sum(later(x, k) for k in range(repeat))  # noqa: E731
-    order = jnp.argsort((phase == 0) | (mask == 0), axis=0, stable=True)
-    pick = lambda x: jnp.take_along_axis(x, order.reshape(order.shape + (1,) * (x.ndim - 2)), axis=0)  # noqa: E731
-    before = jnp.concatenate([jnp.maximum(transition.episodic_length[:1] - 1, 0), transition.episodic_length])
-    obs, before = jax.tree.map(lambda x: jnp.concatenate([pick(x[:-1]), x[-1:]]), (transition.obs, before))
-    new = {name: pick(held(getattr(transition, name))) for name in ("reward", "terminated", "done")}
-    new |= {"obs": obs, "action": pick(transition.action), "mask": pick(mask * (phase == 0))}
-    return transition._replace(**new), before / repeat
+    mask = rollout.mask
+    phase = (rollout.episodic_length - 1) % repeat
+    holds = (phase != 0) & (mask != 0)
+    order = jnp.argsort(~holds, axis=0, stable=True)
+
+    def reorder(x: Array) -> Array:
+        return jnp.take_along_axis(x, order.reshape(order.shape + (1,) * (x.ndim - 2)), axis=0)
+
+    def keep_last(x: Array) -> Array:  # of [T + 1, N, ...], the last row stays where it is
+        return jnp.concatenate([reorder(x[:-1]), x[-1:]])
+
+    def sum_held(x: Array) -> Array:
+        total = jnp.zeros_like(x)
+        for steps in range(repeat):  # of the steps that come this much later
+            own = jnp.where(phase == steps, x * mask, 0)
+            total += jnp.pad(own[steps:], ((0, steps), (0, 0)))
+        return reorder(total)
+
+    lengths = rollout.episodic_length
+    before = jnp.concatenate([jnp.maximum(lengths[:1] - 1, 0), lengths])
+    decisions = rollout._replace(
+        obs=jax.tree.map(keep_last, rollout.obs),
+        action=reorder(rollout.action),
+        reward=sum_held(rollout.reward),
+        terminated=sum_held(rollout.terminated),
+        done=sum_held(rollout.done),
+        mask=reorder(mask * (phase == 0)),
+    )
+    return decisions, keep_last(before) / repeat
 
 
-def estimate(params: Any, data: tuple, gae_lambda: float, network: nn.Module, args: Args) -> tuple[Array, Array, Array]:
-    """Returns advantages, targets and values [T, N] by the critic; data is (transition, scaled obs, time)."""
-    transition, obs, time = data
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (obs, time))
-    value = network.apply(params, *flat)[1].reshape(time.shape)  # [T + 1, N]
-    return *compute_gae(transition, value, args.gamma, gae_lambda), value[:-1]
+def decision_advantages(
+    learner: LearnerState,
+    decisions: Transition,
+    time: Array,
+    gae_lambda: Array | float,
+    network: nn.Module,
+) -> tuple[Array, Array, Array]:
+    """Returns advantages, targets and values [T, N] by the critic; observations are scaled."""
+    flat_obs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), decisions.obs)
+    _, value = network.apply(learner.params, flat_obs, time.reshape(-1))
+    value = value.reshape(time.shape)  # [T + 1, N]
+    gamma = learner.schedule.gamma
+    advantage, target = compute_gae(decisions, value, gamma, gae_lambda)
+    return advantage, target, value[:-1]
 
 
 def remember(learner: LearnerState, batch: Batch, mask: Array, args: Args) -> LearnerState:
-    """Returns the learner with an iteration's batch [T*N, ...] in its ring, where mask is 1 first."""
-    order, slot = jnp.argsort(mask == 0, stable=True), learner.iteration % args.history_size
-    history = jax.tree.map(lambda ring, x: ring.at[slot].set(x[order]), learner.opt_state.history, batch)
+    """Returns the learner with an iteration's batch [T*N, ...] in its ring, experience first."""
+    order = jnp.argsort(mask == 0, stable=True)
+    slot = learner.iteration % args.history_size
+    history = jax.tree.map(
+        lambda ring, x: ring.at[slot].set(x[order]), learner.opt_state.history, batch
+    )
     counts = learner.opt_state.counts.at[slot].set(jnp.sum(mask))
     return learner._replace(opt_state=learner.opt_state._replace(history=history, counts=counts))
 
 
-def update(learner: LearnerState, transition: Transition, network: nn.Module, args: Args) -> tuple[LearnerState, dict]:
-    """Returns the learner after an iteration (critic, then std from H iterations, then mean from one), and metrics."""
-    if args.distributed:  # everybody sees the whole rollout, so that P processes compute exactly what one does
-        transition = jax.lax.all_gather(transition, "process", axis=1, tiled=True)
-    ended, steps = transition.done * transition.mask, transition
-    original = jax.tree.map(lambda x: x[:, :, 0], transition.obs)  # of an observation's copies
-    transition, time = decisions(transition._replace(obs=original), args.action_repeat)
-    if args.scale_obs:
-        update_one = lambda x, scaler: update_scaler(x[:-1], scaler, transition.mask)  # noqa: E731
-        learner = learner._replace(obs_stats=jax.tree.map(update_one, transition.obs, learner.obs_stats))
-    learner = learner._replace(params={"params": learner.params["params"] | {"warm": jnp.ones(())}})
-    obs = jax.tree.map(partial(normalize, bound=args.clip_obs), transition.obs, learner.obs_stats)
-    data = transition, obs, time
-    keys = jax.random.split(jax.random.fold_in(learner.key, 2 * learner.iteration + 1), 4)
-    _, target, value = estimate(learner.params, data, 1.0, network, args)  # Monte Carlo returns
-    flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
-    raw, acted_on = jax.tree.map(lambda x: flat(x[:-1]), (transition.obs, obs))
-    policy, mask = network.apply(learner.params, acted_on)[0], flat(transition.mask)
-    action = jnp.clip(flat(transition.action), network.action_space.low.ravel(), network.action_space.high.ravel())
-    batch = Batch(raw, flat(time[:-1]), action, 0 * mask, flat(target), policy.mean, log_prob(policy, action))
-    learner = remember(learner, batch, mask, args)
-    first = draw(keys[0], learner, 1, args)  # the critic's biases centre its very first minibatch
-    centred = network.init(keys[0], first.obs, first.time)["params"]["critic"]
-    critic = jax.tree.map(partial(jnp.where, learner.iteration == 0), centred, learner.params["params"]["critic"])
-    learner = learner._replace(params={"params": learner.params["params"] | {"critic": critic}})
-    learner, value_loss = fit(learner, keys[1], "critic", critic_loss, network, args)
-    advantage, _, _ = estimate(learner.params, data, args.gae_lambda, network, args)
-    advantage = nn.relu(advantage) if args.algorithm in ("ppo-cma", "pg-pos") else advantage
-    advantage = advantage / (jnp.sqrt(masked_var(advantage, transition.mask)) + 1e-10)
-    learner = remember(learner, batch._replace(advantage=flat(advantage)), mask, args)
-    metrics = {"losses/value_loss": value_loss, "charts/learning_rate": jnp.float32(args.learning_rate)}
+def scale_advantages(advantage: Array, mask: Array, args: Args) -> Array:
+    """Returns advantages [T, N] with standard deviation 1, not centred."""
+    if args.algorithm in ("ppo-cma", "pg-pos"):
+        advantage = nn.relu(advantage)
+    advantage = advantage / (jnp.sqrt(masked_var(advantage, mask)) + 1e-10)
+    return jnp.clip(advantage, -args.clip_advantage, args.clip_advantage)
+
+
+def centre_critic(
+    learner: LearnerState, key: Array, network: nn.Module, args: Args
+) -> LearnerState:
+    """Returns the learner whose critic's biases centre its very first minibatch."""
+    first = draw(key, learner, 1, args)
+    new = network.init(key, first.obs, first.time)["params"]["critic"]
+    old = learner.params["params"]["critic"]
+    critic = jax.tree.map(partial(jnp.where, learner.iteration == 0), new, old)
+    return learner._replace(params=with_part(learner.params, "critic", critic))
+
+
+def fit_policy(
+    learner: LearnerState, keys: Array, network: nn.Module, args: Args
+) -> tuple[LearnerState, dict[str, Array]]:
+    """Returns the learner after std (from H iterations), then mean (from one) have learnt."""
+    metrics = {}
     if args.algorithm.startswith("ppo-cma"):
-        learner, metrics["cma/std_loss"] = fit(learner, keys[2], "std", cma_std_loss, network, args)
-        learner, metrics["losses/policy_loss"] = fit(learner, keys[3], "mean", cma_mean_loss, network, args)
+        learner, loss = fit(learner, keys[0], "std", cma_std_loss, network, args)
+        metrics["cma/std_loss"] = loss
+        learner, loss = fit(learner, keys[1], "mean", cma_mean_loss, network, args)
     else:
-        learner, metrics["losses/policy_loss"] = fit(learner, keys[3], "policy", policy_loss, network, args)
-    new, _ = network.apply(learner.params, acted_on)
-    log_ratio = log_prob(new, action) - batch.log_prob
-    samples = {"approx_kl": jnp.exp(log_ratio) - 1 - log_ratio, "entropy": entropy(new)}
-    samples |= {"clipfrac": (jnp.abs(jnp.exp(log_ratio) - 1) > args.clip_coef).astype(mask.dtype)}
-    metrics |= {f"losses/{name}": masked_mean(x, mask) for name, x in samples.items()}
-    unexplained = masked_var(target - value, transition.mask) / jnp.maximum(masked_var(target, transition.mask), 1e-8)
-    metrics |= {"losses/explained_variance": 1 - unexplained, "policy/param_norm": optax.tree.norm(learner.params)}
-    metrics |= {"cma/std": masked_mean(jnp.mean(jnp.exp(new.log_std), axis=-1), mask)}
-    for name in ("episodic_return", "episodic_length"):
-        metrics[f"charts/{name}"] = jnp.where(jnp.any(ended), masked_mean(getattr(steps, name), ended), jnp.nan)
-    returns = jnp.concatenate([learner.returns, jnp.where(ended > 0, steps.episodic_return, jnp.nan).ravel()])
-    new = {"iteration": learner.iteration + 1, "episodes": learner.episodes + jnp.sum(ended).astype(jnp.int32)}
-    new |= {"returns": returns[jnp.argsort(~jnp.isnan(returns), stable=True)[-100:]]}
-    metrics |= {"charts/episodic_return_100": jnp.nanmean(new["returns"])}
-    return learner._replace(**new), metrics
+        learner, loss = fit(learner, keys[1], "policy", policy_loss, network, args)
+    return learner, metrics | {"losses/policy_loss": loss}
+
+
+def policy_metrics(
+    policy: Gaussian, batch: Batch, mask: Array, schedule: Schedule
+) -> dict[str, Array]:
+    """Returns how far a new policy, leaves [T*N, U], is from the one that acted."""
+    log_ratio = log_prob(policy, batch.action) - batch.log_prob
+    ratio = jnp.exp(log_ratio)
+    clipped = jnp.abs(ratio - 1) > schedule.clip_coef
+    std = jnp.mean(jnp.exp(policy.log_std), axis=-1)
+    return {
+        "losses/approx_kl": masked_mean(ratio - 1 - log_ratio, mask),
+        "losses/entropy": masked_mean(entropy(policy), mask),
+        "losses/clipfrac": masked_mean(clipped.astype(mask.dtype), mask),
+        "cma/std": masked_mean(std, mask),
+    }
+
+
+def count_episodes(
+    learner: LearnerState, rollout: Transition
+) -> tuple[LearnerState, dict[str, Array]]:
+    """Returns the learner with the episodes that ended in a rollout counted, and metrics."""
+    ended = rollout.done * rollout.mask  # [T, N]
+    any_ended = jnp.any(ended)
+    mean_return = masked_mean(rollout.episodic_return, ended)
+    mean_length = masked_mean(rollout.episodic_length, ended)
+
+    size = len(learner.returns)
+    known = jnp.arange(size) >= size - learner.episodes
+    known = jnp.concatenate([known, ended.ravel() > 0])
+    returns = jnp.concatenate([learner.returns, rollout.episodic_return.ravel()])
+    last = jnp.argsort(known, stable=True)[-size:]
+    known = known[last].astype(returns.dtype)
+    returns = jnp.where(known > 0, returns[last], 0)
+    episodes = learner.episodes + jnp.sum(ended).astype(learner.episodes.dtype)
+
+    metrics = {
+        "charts/episodic_return": jnp.where(any_ended, mean_return, jnp.nan),
+        "charts/episodic_length": jnp.where(any_ended, mean_length, jnp.nan),
+        "charts/episodic_return_100": jnp.where(episodes, masked_mean(returns, known), jnp.nan),
+    }
+    return learner._replace(episodes=episodes, returns=returns), metrics
+
+
+def update(
+    learner: LearnerState, rollout: Transition, network: nn.Module, args: Args
+) -> tuple[LearnerState, dict[str, Array]]:
+    """Returns the learner after an iteration, and metrics, scalars: critic first, then policy.
+
+    Args:
+        rollout: leaves [T, N, ...], observations [T + 1, N, K, ...], as the environment gave them.
+    """
+    if args.distributed:  # everybody sees the whole rollout: P processes compute what one does
+        rollout = jax.lax.all_gather(rollout, "process", axis=1, tiled=True)
+
+    original = jax.tree.map(lambda x: x[:, :, 0], rollout.obs)  # of an observation's copies
+    raw, time = merge_held_steps(rollout._replace(obs=original), args.action_repeat)
+    if args.scale_obs:
+        update_leaf = partial(update_scaler, mask=raw.mask)
+        acted_on = jax.tree.map(lambda x: x[:-1], raw.obs)
+        learner = learner._replace(obs_stats=jax.tree.map(update_leaf, acted_on, learner.obs_stats))
+    learner = learner._replace(params=with_part(learner.params, "warm", jnp.ones(())))
+    normalize_leaf = partial(normalize, bound=args.clip_obs)
+    scaled = raw._replace(obs=jax.tree.map(normalize_leaf, raw.obs, learner.obs_stats))
+
+    def flat(x: Array) -> Array:
+        return x.reshape(-1, *x.shape[2:])
+
+    # Targets are Monte Carlo returns; the policy is the one before this iteration's updates
+    _, target, value = decision_advantages(learner, scaled, time, 1.0, network)
+    obs = jax.tree.map(lambda x: flat(x[:-1]), scaled.obs)
+    policy, _ = network.apply(learner.params, obs)
+    low, high = network.action_space.low.ravel(), network.action_space.high.ravel()
+    action = jnp.clip(flat(raw.action), low, high)
+    mask = flat(raw.mask)
+    batch = Batch(
+        obs=jax.tree.map(lambda x: flat(x[:-1]), raw.obs),
+        time=flat(time[:-1]),
+        action=action,
+        advantage=jnp.zeros_like(mask),  # as long as the critic has not learnt
+        target=flat(target),
+        mean=policy.mean,
+        log_prob=log_prob(policy, action),
+    )
+
+    key = jax.random.fold_in(learner.key, 2 * learner.iteration + 1)
+    centre_key, critic_key, *policy_keys = jax.random.split(key, 4)
+    learner = remember(learner, batch, mask, args)
+    learner = centre_critic(learner, centre_key, network, args)
+    learner, value_loss = fit(learner, critic_key, "critic", critic_loss, network, args)
+
+    gae_lambda = learner.schedule.gae_lambda
+    advantage, _, _ = decision_advantages(learner, scaled, time, gae_lambda, network)
+    advantage = scale_advantages(advantage, raw.mask, args)
+    learner = remember(learner, batch._replace(advantage=flat(advantage)), mask, args)
+    learner, metrics = fit_policy(learner, policy_keys, network, args)
+
+    policy, _ = network.apply(learner.params, obs)
+    metrics |= policy_metrics(policy, batch, mask, learner.schedule)
+    metrics["losses/value_loss"] = value_loss
+    metrics["losses/explained_variance"] = explained_variance(value, target, raw.mask)
+    metrics["charts/learning_rate"] = learner.schedule.learning_rate
+    metrics["policy/param_norm"] = optax.tree.norm(learner.params)
+    learner = learner._replace(iteration=learner.iteration + 1)
+    learner, episode_metrics = count_episodes(learner, rollout)
+    return learner, metrics | episode_metrics
 
 
 # --- Environments ---
 class TimeStep(NamedTuple):  # what S*N environments return, leaves [S*N, ...]
-    obs: Any  # float32 [S*N, K, ...]; an ended episode's last observation, then on the next step a new one's first
+    obs: Any  # float32 [S*N, K, ...]; after an episode's last, the next step has a new one's first
     reward: Array
-    terminated: Array  # bool, as truncated; never both
-    truncated: Array
+    terminated: Array  # bool
+    truncated: Array  # bool; never both
 
 
-class Environment(NamedTuple):  # S*N environments behind two functions
-    first: tuple[Any, TimeStep]  # env_state and what it shows after a reset
-    step: Callable[[Any, Array], tuple[Any, TimeStep]]  # (env_state, action [S*N, *action_space.shape])
-    action_space: Any
-    threshold: float | None  # mean return at which the environment counts as solved
+class Environment(NamedTuple):  # S*N environments behind one function
+    first: tuple[Any, TimeStep]  # env_state, and what it shows after a reset
+    step: Callable[[Any, Array], tuple[Any, TimeStep]]  # (env_state, action [S*N, *space.shape])
+    observation_space: spaces.Space  # of one environment, as it gives observations
+    action_space: spaces.Space
+    threshold: float | None  # mean return from which the environment counts as solved
+    failures: list[str]  # what went wrong on the host, first things first; its steps are void
+    render: Callable[[], np.ndarray] | None  # a frame [height, width, 3] of the first environment
 
 
-def make_env(args: Args, env_seeds: list[int]) -> Environment:
-    """Returns one environment per seed. Stops with exit code 2 if the id is unknown, or its actions no bounded Box."""
-    known, env_id = [*envpool.list_all_envs(), *gymnasium.registry], args.env_id
-    if env_id not in known and ":" not in env_id:
-        fail(f"--env-id {env_id} is unknown; nearest: {', '.join(difflib.get_close_matches(env_id, known)) or 'none'}")
-    try:
-        env = (make_envpool if env_id in envpool.list_all_envs() else make_gymnasium)(env_id, env_seeds)
-    except (ImportError, gymnasium.error.Error) as error:
-        fail(f"--env-id {env_id} cannot be made, install or import what it needs: {error}")
-    if not isinstance(env.action_space, gymnasium.spaces.Box):
-        other = "this script needs Box: use ppo_atari.py for Atari games, else ppo_icm_lstm.py"
-        fail(f"--env-id {env_id} has {type(env.action_space).__name__} actions, {other}")
-    if not env.action_space.is_bounded():
-        fail(f"--env-id {env_id} has actions without bounds, which PPO-CMA's networks need: use ppo_continuous.py")
-    return repeated(env, args.action_repeat)
+def make_env(args: Args, env_seeds: list[int], render: bool = False) -> Environment:
+    """Returns environments that hold actions, one per seed.
+
+    Stops (2) at actions that are no Box or have no bounds, and as open_env does.
+    """
+    env = open_env(args, env_seeds, render)
+    if not isinstance(env.action_space, spaces.Box):
+        kind = type(env.action_space).__name__
+        fail(f"--env-id {args.env_id} has {kind} actions: this script is for Box actions")
+    if not np.isfinite(action_bounds(env.action_space)).all():
+        fail(f"--env-id {args.env_id} has actions without bounds: use ppo_continuous.py")
+    return hold_actions(env, args.action_repeat)
 
 
-def repeated(env: Environment, repeat: int) -> Environment:
-    """Returns environments that hold an action for `repeat` steps; a new episode begins with a new action."""
-    shape = (len(env.first[1].reward), *env.action_space.shape)
+def hold_actions(env: Environment, repeat: int) -> Environment:
+    """Returns environments that hold an action for `repeat` steps, but not into a new episode."""
+    env_state, time_step = env.first
+    envs = len(time_step.reward)
 
     def step(env_state: tuple, action: Array) -> tuple[tuple, TimeStep]:
         inner, held, count = env_state  # count: steps of the episode, -1 at its end
-        action = jnp.where(count.reshape(-1, *(1,) * (action.ndim - 1)) % repeat == 0, action, held)
+        decides = (count % repeat == 0).reshape(-1, *(1,) * (action.ndim - 1))
+        action = jnp.where(decides, action, held)
         inner, new = env.step(inner, action)
-        return (inner, action, jnp.where(new.terminated | new.truncated, -1, count + 1)), new
+        count = jnp.where(new.terminated | new.truncated, -1, count + 1)
+        return (inner, action, count), new
 
-    state = env.first[0], jnp.zeros(shape, jnp.float32), jnp.zeros(shape[0], jnp.int32)
-    return env._replace(first=(state, env.first[1]), step=step)
+    held = jnp.zeros((envs, *env.action_space.shape), jnp.float32)
+    count = jnp.zeros(envs, jnp.int32)
+    return env._replace(first=((env_state, held, count), time_step), step=step)
 
 
-def make_envpool(env_id: str, env_seeds: list[int]) -> Environment:
-    """EnvPool: send and recv are XLA calls, so that a rollout is one compiled scan. MuJoCo there speaks float64."""
-    pool = envpool.make(env_id, env_type="gymnasium", num_envs=len(env_seeds), seed=env_seeds)
+def open_env(args: Args, env_seeds: list[int], render: bool = False) -> Environment:
+    """Returns one environment per seed.
+
+    Args:
+        render: whether it can be filmed.
+
+    Stops with exit code 2, in one line, if the id is unknown, the environment cannot be made, or
+    it has a space that networks cannot take.
+    """
+    env_id = args.env_id
+    known = [*envpool.list_all_envs(), *gymnasium.registry]
+    if env_id not in known and ":" not in env_id:
+        nearest = ", ".join(difflib.get_close_matches(env_id, known)) or "none"
+        fail(f"--env-id {env_id} is unknown; nearest: {nearest}")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where module:EnvId may be, wherever this script lies
+    make = make_envpool if env_id in envpool.list_all_envs() else make_gymnasium
+    try:
+        env = make(args, env_seeds, render)
+        encoded_size(env.observation_space)
+    except Exception as error:  # whatever other people's constructors raise
+        fail(f"--env-id {env_id} cannot be made (see also --env-kwargs): {describe(error)}")
+    if env.action_space.shape is not None and math.prod(env.action_space.shape) == 0:
+        fail(f"--env-id {env_id} has an empty action space: {env.action_space}")
+    return env
+
+
+def describe(error: BaseException) -> str:
+    """Returns an error in one line: type, message, and the line of the user's code that raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    foreign = [x for x in frames if x.filename != __file__]
+    own = [x for x in foreign if "site-packages" not in x.filename and "<" not in x.filename]
+    place = ""
+    if foreign:
+        frame = (own or foreign)[-1]
+        place = f" ({Path(frame.filename).name}, line {frame.lineno}, in {frame.name})"
+    return f"{type(error).__name__}: {error}{place}"
+
+
+def make_envpool(args: Args, env_seeds: list[int], render: bool) -> Environment:
+    """Returns EnvPool's environments: send and recv are XLA calls, inside of the compiled scan.
+
+    MuJoCo speaks float64 there; nothing beyond these functions does.
+    """
+    settings = read_env_kwargs(args)
+    if render:
+        settings["render_mode"] = "rgb_array"
+    size = len(env_seeds)
+    pool = envpool.make(
+        args.env_id, env_type="gymnasium", num_envs=size, seed=env_seeds, **settings
+    )
     handle, recv, send, _ = pool.xla()
-    ids, dtype = np.arange(len(env_seeds), dtype=np.int32), list(pool.spec.action_array_spec.values())[-1].dtype
+    ids = np.arange(size, dtype=np.int32)
+    action_dtype = list(pool.spec.action_array_spec.values())[-1].dtype
 
     def receive(handle: Array) -> tuple[Array, TimeStep]:
         handle, (obs, reward, terminated, truncated, _) = recv(handle)
-        obs = jax.tree.map(lambda x: x[:, None].astype(jnp.float32), obs)
-        return handle, TimeStep(obs, reward.astype(jnp.float32), terminated, truncated)
+        obs = jax.tree.map(lambda x: x[:, None], obs)  # K = 1
+        return handle, TimeStep(
+            obs=encode_obs(obs, pool.observation_space),
+            reward=reward.astype(jnp.float32),
+            terminated=terminated,
+            truncated=truncated & ~terminated,
+        )
 
     def step(handle: Array, action: Array) -> tuple[Array, TimeStep]:
-        return receive(send(handle, action.astype(dtype), ids))
+        return receive(send(handle, action.astype(action_dtype), ids))
 
     pool.async_reset()
-    first, threshold = jax.jit(receive)(jnp.asarray(handle)), getattr(pool.spec.config, "reward_threshold", None)
-    return Environment(jax.block_until_ready(first), step, pool.action_space, threshold)
+    first = jax.block_until_ready(jax.jit(receive)(jnp.asarray(handle)))
+    return Environment(
+        first=first,
+        step=step,
+        observation_space=pool.observation_space,
+        action_space=pool.action_space,
+        threshold=getattr(pool.spec.config, "reward_threshold", None),
+        failures=[],
+        render=lambda: np.asarray(pool.render()[0]),
+    )
 
 
-def make_gymnasium(env_id: str, env_seeds: list[int]) -> Environment:
-    """Gymnasium: a vector environment on the host, called in order from the compiled rollout.
+class ObservationCopies(gymnasium.ObservationWrapper):
+    """An environment that shows each observation as K copies: [K, ...].
 
-    `info["non-terminal done"]` makes an end a truncation; a method `augment_observation` of the environment (one
-    observation in, K out, the original first) has all K trained on. Raises: ValueError if K changes."""
-    vector = gymnasium.make_vec(env_id, num_envs=len(env_seeds), vectorization_mode="sync")
-    space, copies = vector.single_action_space, partial(jax.tree.map, lambda x: x[None])
-    if vector.envs[0].has_wrapper_attr("augment_observation"):
-        copies = vector.envs[0].get_wrapper_attr("augment_observation")
+    K is 1, but for environments with a method augment_observation(obs), which returns K
+    observations, the original first. Raises: ValueError if K changes.
+    """
 
-    def time_step(obs: Any, reward: Any, terminated: np.ndarray, truncated: np.ndarray, info: dict) -> TimeStep:
-        each = [copies(jax.tree.map(lambda x, i=i: x[i], obs)) for i in range(len(env_seeds))]
-        obs = jax.tree.map(lambda *x: np.stack(x).astype(np.float32), *each)
-        terminated, ended = terminated & ~truncated, np.asarray(info.get("non-terminal done", False), bool)
-        return TimeStep(obs, np.float32(reward), terminated & ~ended, truncated | (terminated & ended))
+    def __init__(self, env: gymnasium.Env) -> None:
+        super().__init__(env)
+        encoded_size(env.observation_space)
+        self.augment = partial(jax.tree.map, lambda x: np.asarray(x)[None])
+        if env.has_wrapper_attr("augment_observation"):
+            self.augment = env.get_wrapper_attr("augment_observation")
+        self.copies = self.count(self.augment(env.observation_space.sample()))
+        self.single_space = env.observation_space
+        self.observation_space = gymnasium.vector.utils.batch_space(self.single_space, self.copies)
+
+    def count(self, copies: Any) -> int:
+        return len(jax.tree.leaves(copies)[0])
+
+    def observation(self, obs: Any) -> Any:
+        copies = self.augment(obs)
+        if self.count(copies) != self.copies:
+            before = f"augment_observation returned {self.copies} observations"
+            raise ValueError(f"{before}, and now {self.count(copies)}")
+        return copies
+
+
+@contextmanager
+def children_ignore_signals() -> Iterator[None]:
+    """Processes started in this block leave SIGINT and SIGTERM to this one, which ends them."""
+    before = [(x, signal.signal(x, signal.SIG_IGN)) for x in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)
+
+
+def make_vector(args: Args, size: int, render: bool) -> gymnasium.vector.VectorEnv:
+    """Returns a Gymnasium vector environment that resets on the step after an episode's end."""
+    settings = read_env_kwargs(args)
+    if render:
+        settings["render_mode"] = "rgb_array"
+    make = partial(
+        gymnasium.make_vec,
+        args.env_id,
+        num_envs=size,
+        vectorization_mode=args.vectorization,
+        wrappers=[ObservationCopies],
+        **settings,
+    )
+    if args.vectorization == "sync":
+        return make()
+    with children_ignore_signals(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # JAX's: but children run no JAX
+        return make(vector_kwargs={"context": "fork"})
+
+
+def make_gymnasium(args: Args, env_seeds: list[int], render: bool) -> Environment:
+    """Returns Gymnasium's environments, on the host, called in order from the compiled rollout.
+
+    `info["non-terminal done"]` makes an end a truncation. An exception of the environment's code
+    is written to `failures`; from then on steps do nothing.
+    """
+    vector = make_vector(args, len(env_seeds), render)
+    space = vector.single_action_space
+    single_space = vector.single_observation_space
+    if args.vectorization == "sync":
+        single_space = vector.envs[0].get_wrapper_attr("single_space")
+    else:
+        single_space = vector.get_attr("single_space")[0]
+    failures: list[str] = []
+
+    def time_step(
+        obs: Any, reward: Any, terminated: np.ndarray, truncated: np.ndarray, info: dict
+    ) -> TimeStep:
+        nonterminal = np.asarray(info.get("non-terminal done", False), bool)
+        truncated = truncated | (terminated & nonterminal)
+        terminated = terminated & ~nonterminal
+        with np.errstate(over="ignore"):  # infinite then, which stops the run
+            obs = jax.tree.map(np.float32, obs)
+            reward = np.float32(reward)
+        return TimeStep(
+            obs=obs, reward=reward, terminated=terminated, truncated=truncated & ~terminated
+        )
+
+    def host_step(action: Array) -> TimeStep:
+        if failures:
+            return void
+        try:
+            return time_step(*vector.step(as_space_dtype(np.asarray(action), space)))
+        except Exception as error:  # whatever other people's environments raise
+            failures.append(f"--env-id {args.env_id} failed in a step: {describe(error)}")
+            return void
+
+    def encode(raw: TimeStep) -> TimeStep:
+        return raw._replace(obs=encode_obs(raw.obs, single_space))
 
     def step(env_state: tuple, action: Array) -> tuple[tuple, TimeStep]:
-        host_step = lambda action: time_step(*vector.step(np.asarray(action, space.dtype)))  # noqa: E731
-        return env_state, io_callback(host_step, like, action, ordered=True)
+        return env_state, encode(io_callback(host_step, shapes, action, ordered=True))
 
-    first = time_step(vector.reset(seed=env_seeds)[0], *np.zeros((3, len(env_seeds)), bool), {})
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), first)
-    return Environment(((), jax.tree.map(jnp.asarray, first)), step, space, vector.spec.reward_threshold)
+    obs, _ = vector.reset(seed=env_seeds)
+    zeros = np.zeros(len(env_seeds))
+    raw = time_step(obs, zeros, zeros > 0, zeros > 0, {})
+    void = jax.tree.map(np.zeros_like, raw)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), raw)
+    return Environment(
+        first=((), jax.tree.map(jnp.asarray, encode(raw))),
+        step=step,
+        observation_space=single_space,
+        action_space=space,
+        threshold=vector.spec.reward_threshold,
+        failures=failures,
+        render=lambda: np.asarray(vector.render()[0]),
+    )
 
 
-def bounded(action: Array, space: Any, args: Args) -> Array:
-    """Returns what the environment gets for actions [..., U]: [..., *space.shape] inside its bounds."""
-    return jnp.clip(action.reshape(*action.shape[:-1], *space.shape), space.low, space.high).astype(action.dtype)
+def encode_obs(obs: Any, space: spaces.Space | dict) -> Any:
+    """Returns observations as networks take them: float32, numbers of choices as one-hot vectors.
+
+    Args:
+        obs: of `space`, with any leading axes.
+
+    Raises: ValueError for a space that networks cannot take.
+    """
+    one_hot = partial(jax.nn.one_hot, dtype=jnp.float32)
+    if isinstance(space, dict | spaces.Dict):
+        return {name: encode_obs(obs[name], part) for name, part in space.items()}
+    if isinstance(space, spaces.Tuple):
+        return tuple(encode_obs(x, part) for x, part in zip(obs, space, strict=True))
+    if isinstance(space, spaces.Discrete):
+        return one_hot(jnp.asarray(obs, jnp.int32) - int(space.start), int(space.n))
+    if isinstance(space, spaces.MultiDiscrete):
+        choices = zip(space.nvec.ravel(), space.start.ravel(), strict=True)
+        flat = jnp.asarray(obs, jnp.int32).reshape(*np.shape(obs)[: -space.nvec.ndim], -1)
+        columns = [one_hot(flat[..., i] - a, int(n)) for i, (n, a) in enumerate(choices)]
+        return jnp.concatenate(columns, axis=-1)
+    if isinstance(space, spaces.Box | spaces.MultiBinary):
+        return jnp.asarray(obs, jnp.float32)
+    raise ValueError(f"observations of space {space} are nothing that a network can take")
+
+
+def encoded_size(space: spaces.Space | dict) -> int:
+    """Returns how many numbers an encoded observation has. Raises: ValueError if there are none."""
+    encoded = jax.eval_shape(lambda: encode_obs(empty_obs(space), space))
+    size = sum(math.prod(x.shape) for x in jax.tree.leaves(encoded))
+    if size == 0:
+        raise ValueError(f"observations of space {space} are empty")
+    return size
+
+
+def empty_obs(space: spaces.Space | dict) -> Any:
+    """Returns an observation of zeros. Raises: ValueError for a space without a fixed shape."""
+    if isinstance(space, dict | spaces.Dict):
+        return {name: empty_obs(part) for name, part in space.items()}
+    if isinstance(space, spaces.Tuple):
+        return tuple(empty_obs(part) for part in space)
+    if space.shape is None:
+        raise ValueError(f"observations of space {space} are nothing that a network can take")
+    return np.zeros(space.shape, np.float32)
+
+
+def action_bounds(space: spaces.Box) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the least and the largest action, float32, infinite where there is no bound."""
+    low, high = np.float64(space.low), np.float64(space.high)
+    low = np.where(low > -1e30, low, -np.inf)
+    high = np.where(high < 1e30, high, np.inf)
+    return low.astype(np.float32), high.astype(np.float32)
+
+
+def as_space_dtype(action: np.ndarray, space: spaces.Box) -> np.ndarray:
+    """Returns actions in the dtype of their space, to the nearest of whole numbers."""
+    if np.issubdtype(space.dtype, np.integer):
+        action = np.clip(np.rint(np.float64(action)), space.low, space.high)
+    return action.astype(space.dtype)
+
+
+def env_action(action: Array, space: spaces.Box, args: Args) -> Array:
+    """Returns what the environment gets for a policy's actions [..., U]: [..., *space.shape]."""
+    low, high = action_bounds(space)
+    action = action.reshape(*action.shape[:-1], *space.shape)
+    return jnp.clip(action, low, high).astype(jnp.float32)
 
 
 # --- Rollout ---
+class Episode(NamedTuple):  # of each environment so far, [S*N]
+    total: Array
+    length: Array
+    discounted: Array
+
+
 class RunnerState(NamedTuple):  # the carry of the rollout
     env_state: Any
     time_step: TimeStep
-    episode: tuple[Array, Array, Array]  # Transition's episodic return, episodic length and discounted return so far
+    episode: Episode
 
 
-def env_step(runner: RunnerState, noise: Array, learner: Any, env: Environment, network: Any, args: Args) -> tuple:
-    """Returns (RunnerState, Transition) after one step with noise [S, N, U]; leaves are [S*N, ...]."""
+def env_step(
+    runner: RunnerState,
+    noise: Array,
+    learner: LearnerState,
+    env: Environment,
+    network: nn.Module,
+    args: Args,
+) -> tuple[RunnerState, Transition]:
+    """Returns the runner and the transition, leaves [S*N, ...], after one step.
+
+    Args:
+        noise: standard normal, [S, N, U].
+        learner: leaves [S, ...].
+    """
+    seeds, envs, action_size = noise.shape
     last = runner.time_step
-    obs = jax.tree.map(lambda x: x[:, 0].reshape(*noise.shape[:2], *x.shape[2:]), last.obs)  # [S, N, ...]
-    obs = jax.tree.map(jax.vmap(partial(normalize, bound=args.clip_obs)), obs, learner.obs_stats)
+    obs = jax.tree.map(lambda x: x[:, 0].reshape(seeds, envs, *x.shape[2:]), last.obs)
+    normalize_leaf = jax.vmap(partial(normalize, bound=args.clip_obs))
+    obs = jax.tree.map(normalize_leaf, obs, learner.obs_stats)
     policy, _ = jax.vmap(network.apply)(learner.params, obs)
-    action = sample_action(policy, noise).reshape(-1, noise.shape[-1])
-    env_state, new = env.step(runner.env_state, bounded(action, env.action_space, args))
+    action = sample_action(policy, noise).reshape(seeds * envs, action_size)
+    env_state, new = env.step(runner.env_state, env_action(action, env.action_space, args))
+
+    # After an episode's end the environment has only reset itself
     mask = 1 - (last.terminated | last.truncated).astype(jnp.float32)
-    done, terminated = (x.astype(jnp.float32) for x in (new.terminated | new.truncated, new.terminated))
-    (total, length, discounted), reward = runner.episode, new.reward
-    episode = (total + reward) * mask, (length + 1) * mask, (args.gamma * discounted + reward) * mask
-    return RunnerState(env_state, new, episode), Transition(last.obs, action, reward, terminated, done, mask, *episode)
+    gamma = jnp.repeat(learner.schedule.gamma, envs)
+    episode = Episode(
+        total=(runner.episode.total + new.reward) * mask,
+        length=(runner.episode.length + 1) * mask,
+        discounted=(gamma * runner.episode.discounted + new.reward) * mask,
+    )
+    transition = Transition(
+        obs=last.obs,
+        action=action,
+        reward=new.reward,
+        terminated=new.terminated.astype(jnp.float32),
+        done=(new.terminated | new.truncated).astype(jnp.float32),
+        mask=mask,
+        episodic_return=episode.total,
+        episodic_length=episode.length,
+        discounted_return=episode.discounted,
+    )
+    return RunnerState(env_state=env_state, time_step=new, episode=episode), transition
 
 
-def rollout(runner: RunnerState, learner: LearnerState, env: Environment, network: nn.Module, args: Args) -> tuple:
-    """Returns (RunnerState, Transition [S, T, N, ...]) after T steps of S*N environments; obs is [S, T + 1, N, ...]."""
-    local, size = args.num_envs // jax.process_count(), int(np.prod(env.action_space.shape))
-    keys = jax.vmap(jax.random.fold_in)(learner.key, 2 * learner.iteration)  # 2 * iteration + 1: shuffles
-    noise = partial(jax.random.normal, shape=(args.num_steps, args.num_envs, size), dtype=jnp.float32)
-    noise = jax.vmap(noise, out_axes=1)(keys)[:, :, jax.process_index() * local :][:, :, :local]  # [T, S, N / P, U]
+def rollout(
+    runner: RunnerState, learner: LearnerState, env: Environment, network: nn.Module, args: Args
+) -> tuple[RunnerState, Transition]:
+    """Returns the runner and the transitions [S, T, N, ...] of T steps of S*N environments.
+
+    Observations are [S, T + 1, N, K, ...]: the last are those that the rollout ended on.
+    """
+    local = args.num_envs // jax.process_count()
+    mine = slice(jax.process_index() * local, (jax.process_index() + 1) * local)
+    shape = (args.num_steps, args.num_envs, math.prod(env.action_space.shape))
+
+    def draw(key: Array) -> Array:  # the same for an environment, whatever the number of processes
+        return jax.random.normal(key, shape, jnp.float32)[:, mine]
+
+    def by_seed(x: Array) -> Array:  # [T, S*N, ...] to [S, T, N, ...]
+        x = x.reshape(len(x), -1, local, *x.shape[2:])
+        return jnp.moveaxis(x, 1, 0)
+
+    # Even numbers are folded in for rollouts, odd ones for updates
+    keys = jax.vmap(jax.random.fold_in)(learner.key, 2 * learner.iteration)
+    noise = jax.vmap(draw, out_axes=1)(keys)  # [T, S, N, U]
+    if args.mode == "eval":
+        noise = 0 * noise
     step = partial(env_step, learner=learner, env=env, network=network, args=args)
-    runner, transition = jax.lax.scan(step, runner, noise * (args.mode == "train"))
-    obs = jax.tree.map(lambda x, last: jnp.concatenate([x, last[None]]), transition.obs, runner.time_step.obs)
-    by_seed = lambda x: jnp.moveaxis(x.reshape(len(x), -1, local, *x.shape[2:]), 1, 0)  # noqa: E731
+    runner, transition = jax.lax.scan(step, runner, noise)
+    last = runner.time_step.obs
+    obs = jax.tree.map(lambda x, y: jnp.concatenate([x, y[None]]), transition.obs, last)
     return runner, jax.tree.map(by_seed, transition._replace(obs=obs))
 
 
 # --- Run ---
+ROWS_PER_CORE = 100  # of a minibatch; for fewer, another core costs more than it saves
+GRACE = 10  # seconds that an iteration has to end in after a signal; clusters give 30
+LOCK = ".lock"
+RUN_FILES = (  # what a run folder holds, all of it
+    Path(__file__).name,
+    LOCK,
+    "args.json",
+    "result.json",
+    "spaces.json",
+    "*.tmp",
+    "checkpoints/*.msgpack",
+    "checkpoints/*.tmp",
+    "events.out.tfevents.*",
+    "seed*/events.out.tfevents.*",
+    "videos/*.mp4",
+    "videos/*.gif",
+)
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """Returns the largest divisor of a number that is at most `most`."""
+    return max(d for d in range(1, max(most, 1) + 1) if number % d == 0)
+
+
 def configure(args: Args) -> Mesh:
-    """Sets JAX up and returns the updates' devices, [P, seeds]; a CPU's cores are as many devices."""
+    """Sets JAX up and returns the devices of updates: [shares of a minibatch, seeds].
+
+    On a CPU the cores are as many devices. Those that seeds leave idle share large minibatches,
+    as P processes do. Stops with exit code 2 where there is no such platform or cluster.
+    """
     cache = jax.config.jax_compilation_cache_dir or str(Path.home() / ".cache" / "ppo_jax")
     jax.config.update("jax_compilation_cache_dir", cache)
-    if sys.platform == "linux" and args.mode == "train" and args.num_envs * args.num_seeds == 1:
-        os.sched_setaffinity(0, {ctypes.CDLL(None).sched_getcpu()})  # waking another core takes longer than a step
-    divisor = lambda n, most: max(d for d in range(1, most + 1) if n % d == 0)  # noqa: E731
-    cores, rows = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(), args.minibatch_size
-    seeds = divisor(args.num_seeds, cores)
-    # Cores that seeds leave idle share minibatches, as P processes do; fewer rows for each are not worth it
-    parts = divisor(np.gcd(args.num_envs, rows), max(1, min(cores // seeds, rows // 100)))
     if args.platform != "auto":
-        jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda,cpu"}[args.platform])
-    try:
-        one_process = partial(jax.config.update, "jax_num_cpu_devices", seeds * parts)
-        (jax.distributed.initialize if args.distributed else one_process)()
-        devices = np.array(jax.devices("gpu" if args.platform == "gpu" else None)).reshape(jax.process_count(), -1)
-    except (RuntimeError, ValueError) as error:
-        fail(f"--platform gpu needs jax[cuda13], --distributed a start by mpirun or srun: {error}")
-    fit = 1 if args.distributed else divisor(args.num_seeds, devices.size)
-    alone = devices[0, 0].platform == "cpu" and not args.distributed
-    return Mesh(devices.reshape(parts, seeds) if alone else devices[:, :fit], ("process", "seed"))
+        names = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
+        jax.config.update("jax_platforms", names[args.platform])
 
-
-def write_json(path: Path, content: dict) -> None:
-    """Writes a JSON file atomically."""
-    path.with_suffix(".tmp").write_text(json.dumps(content, indent=2))
-    path.with_suffix(".tmp").replace(path)
-
-
-def open_folder(args: Args, learner: LearnerState) -> tuple[ocp.CheckpointManager, LearnerState, np.ndarray]:
-    """Returns checkpoints, newest learner, seconds [4]. Stops (2) at a run that has other settings or is unreadable."""
-    free = "run_dir total_timesteps clobber checkpoint_interval log_interval mode eval_episodes video platform".split()
-    path, settings = args.folder / "args.json", json.loads(json.dumps(asdict(args)))
-    if jax.process_index() == 0 and args.mode == "train":
-        if args.clobber:
-            shutil.rmtree(args.folder, ignore_errors=True)
-        old = json.loads(path.read_text()) if path.exists() else settings
-        differ = [k for k, v in settings.items() if old.get(k) != v and k not in [*free, "distributed"]]
-        if flags := ", ".join(f"--{k.replace('_', '-')} {settings[k]} (there: {old.get(k)})" for k in differ):
-            fail(f"{args.folder} holds a run with other settings: {flags}; choose another --exp-name, or --clobber")
-        (args.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        write_json(path, settings)
-        shutil.copy(__file__, args.folder)
-    multihost_utils.sync_global_devices("run folder")
-    mine = ocp.options.MultiprocessingOptions(active_processes={jax.process_index()})
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, create=False, multiprocessing_options=mine)
-    manager, state = ocp.CheckpointManager(args.folder / "checkpoints", options=options), (learner, np.zeros(4))
-    for step in sorted(manager.all_steps(), reverse=True):
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    seeds = largest_divisor(args.num_seeds, cores)
+    idle = min(cores // seeds, args.minibatch_size // ROWS_PER_CORE)
+    shares = largest_divisor(math.gcd(args.num_envs, args.minibatch_size), idle)
+    if args.distributed:
         try:
-            return manager, *manager.restore(step, args=ocp.args.StandardRestore(state))
-        except Exception as error:  # whatever a damaged file makes of itself
-            print(f"checkpoint {step} is damaged, trying the one before: {str(error)[:100]}", file=sys.stderr)
-    if manager.all_steps() or args.mode == "eval":
-        fail(f"--run-dir {args.folder} has no readable checkpoint: train, restore a backup, or start with --clobber")
-    return manager, *state
+            jax.distributed.initialize()
+        except (RuntimeError, ValueError):
+            fail("--distributed is for processes that mpirun or srun starts: leave it out")
+        check_shares(args)
+    else:
+        jax.config.update("jax_num_cpu_devices", seeds * shares)
+    try:
+        devices = np.array(jax.devices(None if args.platform == "auto" else args.platform))
+    except RuntimeError:
+        package = {"gpu": "jax[cuda13]", "tpu": "jax[tpu]"}.get(args.platform, "jax")
+        fail(f"--platform {args.platform} finds no device: it needs one, and {package}")
+
+    if args.distributed:
+        by_process = devices.reshape(jax.process_count(), -1)
+        return Mesh(by_process[:, :1], ("process", "seed"))
+    if devices[0].platform == "cpu":
+        return Mesh(devices.reshape(shares, seeds), ("process", "seed"))
+    return Mesh(devices[None, : largest_divisor(args.num_seeds, len(devices))], ("process", "seed"))
 
 
-def make_run(args: Args) -> tuple[Callable, RunnerState, nn.Module, LearnerState, Environment]:
-    """Returns the compiled rollout, the runner, the network, new learners [S, ...] on the host, the environments."""
-    seeds, local = range(args.seed, args.seed + args.num_seeds), args.num_envs // jax.process_count()
-    env_seeds = np.stack([np.random.SeedSequence(seed).generate_state(args.num_envs) >> 1 for seed in seeds])
-    env_seeds = env_seeds[:, jax.process_index() * local :][:, :local].ravel().tolist()
-    # On the CPU beside the environments; EnvPool's MuJoCo speaks float64, which nothing outside of here may
-    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
-        env = make_env(args, env_seeds)
-        runner = RunnerState(*env.first, episode=(jnp.zeros(len(env_seeds), jnp.float32),) * 3)
-        network = ActorCritic(env.action_space, args)
-        obs = jax.tree.map(lambda x: np.asarray(x[0, 0]), runner.time_step.obs)
-        init = jax.jit(partial(init_learner, obs=obs, network=network, args=args))
-        learner = jax.tree.map(lambda *x: np.stack(x), *[init(np.uint32(seed)) for seed in seeds])  # [S, ...]
-        act = jax.jit(partial(rollout, env=env, network=network, args=args))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)  # holds a pointer: of no use to others
-        act = act.lower(runner, learner._replace(opt_state=None)).compile()
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    return act, runner, network, learner, env
+def check_shares(args: Args) -> None:
+    """Stops with exit code 2 where P processes cannot share environments and minibatches."""
+    processes = jax.process_count()
+    if args.num_envs % processes:
+        fail(f"--num-envs {args.num_envs} does not divide among {processes} processes")
+    if args.minibatch_size % processes:
+        rows = f"minibatches of {args.minibatch_size} rows"
+        fail(f"{rows} do not divide among {processes} processes: change the minibatches' flags")
 
 
 def init_learner(seed: Array, obs: Any, network: nn.Module, args: Args) -> LearnerState:
-    """Returns one seed's new learner, whose policy network has learnt the first Gaussian; obs is one observation."""
+    """Returns one seed's new learner, whose policy has learnt the first Gaussian.
+
+    Args:
+        obs: one encoded observation.
+    """
     key, init_key, run_key = jax.random.split(jax.random.PRNGKey(seed), 3)
-    states = lambda key: jax.tree.map(lambda x: jax.random.normal(key, (256, *x.shape), jnp.float32), obs)  # noqa: E731
-    params = network.init(init_key, states(init_key))["params"]
-    goal, _ = network.apply({"params": params}, states(init_key))  # as long as warm is 0
+    params = network.init(init_key, random_states(init_key, obs))["params"]
+    goal, _ = network.apply({"params": params}, random_states(init_key, obs))  # as warm is 0
     goal = jax.tree.map(lambda x: x[:1], goal)
-    step = partial(init_step, goal=goal, states=states, network=network, args=args)
+    step = partial(init_step, goal=goal, obs=obs, network=network, args=args)
     start = params | {"warm": jnp.float32(1)}
     keys = jax.random.split(key, args.init_updates)
-    (start, _), _ = jax.lax.scan(step, (start, optax.scale_by_adam().init(start)), keys)
-    params = start | {"warm": jnp.float32(0), "critic": params["critic"]}
-    rows = (args.history_size, args.num_envs * args.num_steps)
-    zeros = lambda *shape: jnp.zeros((*rows, *shape), jnp.float32)  # noqa: E731
-    action = zeros(goal.mean.size)
-    history = Batch(jax.tree.map(lambda x: zeros(*x.shape), obs), zeros(), action, zeros(), zeros(), action, zeros())
-    adam = {part: optax.scale_by_adam().init(params[part]) for part in params if part != "warm"}
-    opt_state = Training(adam, history, counts=jnp.zeros(args.history_size, jnp.float32))
-    scaler = lambda x: Scaler(jnp.zeros_like(x), jnp.ones_like(x), jnp.float32(0))  # noqa: E731
-    counts = {"iteration": jnp.int32(0), "episodes": jnp.int32(0), "returns": jnp.full(100, jnp.nan, jnp.float32)}
-    return LearnerState({"params": params}, opt_state, jax.tree.map(scaler, obs), key=run_key, **counts)
+    (fitted, _), _ = jax.lax.scan(step, (start, optax.scale_by_adam().init(start)), keys)
+    params = fitted | {"warm": jnp.float32(0), "critic": params["critic"]}
+
+    def zeros(*shape: int) -> Array:
+        return jnp.zeros((args.history_size, args.rollout_size, *shape), jnp.float32)
+
+    history = Batch(
+        obs=jax.tree.map(lambda x: zeros(*x.shape), obs),
+        time=zeros(),
+        action=zeros(goal.mean.size),
+        advantage=zeros(),
+        target=zeros(),
+        mean=zeros(goal.mean.size),
+        log_prob=zeros(),
+    )
+    networks = [part for part in params if part != "warm"]
+    training = Training(
+        adam={part: optax.scale_by_adam().init(params[part]) for part in networks},
+        history=history,
+        counts=jnp.zeros(args.history_size, jnp.float32),
+    )
+
+    def no_scaler(x: Array) -> Scaler:
+        return Scaler(mean_square=jnp.zeros_like(x), scale=jnp.ones_like(x), count=jnp.float32(0))
+
+    return LearnerState(
+        params={"params": params},
+        opt_state=training,
+        obs_stats=jax.tree.map(no_scaler, obs),
+        schedule=Schedule(*(jnp.float32(getattr(args, name)) for name in Schedule._fields)),
+        key=run_key,
+        iteration=jnp.int32(0),
+        episodes=jnp.int32(0),
+        returns=jnp.zeros(100, jnp.float32),
+    )
 
 
-def init_step(carry: tuple, key: Array, goal: Gaussian, states: Callable, network: nn.Module, args: Args) -> tuple:
-    """Returns (parameters, Adam's state) after one step of regression to the Gaussian goal on random states."""
+def random_states(key: Array, obs: Any) -> Any:
+    """Returns 256 standard normal observations like `obs`: [256, ...]."""
+    return jax.tree.map(lambda x: jax.random.normal(key, (256, *x.shape), jnp.float32), obs)
+
+
+def init_step(
+    carry: tuple[Any, optax.OptState],
+    key: Array,
+    goal: Gaussian,
+    obs: Any,
+    network: nn.Module,
+    args: Args,
+) -> tuple[tuple[Any, optax.OptState], None]:
+    """Returns parameters and Adam's state after one step of regression to the Gaussian goal."""
 
     def loss(params: Any) -> Array:
-        policy, _ = network.apply({"params": params}, states(key))
-        skew = 0 if policy.skew is None else jnp.mean(jnp.square(policy.skew))
-        std = jnp.mean(jnp.square(jnp.exp(policy.log_std) - jnp.exp(goal.log_std)))
-        return jnp.mean(jnp.square(policy.mean - goal.mean)) + std + skew
+        policy, _ = network.apply({"params": params}, random_states(key, obs))
+        mean_error = jnp.mean(jnp.square(policy.mean - goal.mean))
+        std_error = jnp.mean(jnp.square(jnp.exp(policy.log_std) - jnp.exp(goal.log_std)))
+        if policy.skew is None:
+            return mean_error + std_error
+        return mean_error + std_error + jnp.mean(jnp.square(policy.skew))
 
     params, adam = carry
     direction, adam = optax.scale_by_adam().update(jax.grad(loss)(params), adam)
-    return (jax.tree.map(lambda p, d: p - args.learning_rate * d, params, direction), adam), None
+    rate = args.learning_rate
+    return (jax.tree.map(lambda p, d: p - rate * d, params, direction), adam), None
 
 
-def open_writers(args: Args, network: nn.Module, runner: RunnerState, step: int) -> list[SummaryWriter]:
-    """Returns one event file per seed, in the run folder or its sub-folders, that begins with settings and networks."""
-    names = [f"seed{args.seed + s}" if args.num_seeds > 1 else "" for s in range(args.num_seeds)]
-    writers = [SummaryWriter(str(args.folder / name), purge_step=step + 1) for name in names]
-    obs = jax.tree.map(lambda x: np.asarray(x[:1, 0]), runner.time_step.obs)
-    layers = network.tabulate(jax.random.PRNGKey(0), obs, console_kwargs={"width": 120, "force_terminal": False})
-    settings = ["|setting|value|", "|-|-|", *(f"|{k}|{v}|" for k, v in asdict(args).items())]
-    for writer in writers:
-        writer.add_text("hyperparameters", "\n".join(settings), step)
-        writer.add_text("networks", f"```\n{layers}\n```", step)
-    return writers
+def make_learner(args: Args, observation_space: spaces.Space, network: nn.Module) -> Callable:
+    """Returns a function of no arguments that gives new learners, one per seed: [S, ...].
+
+    It can be evaluated for its shapes alone, with jax.eval_shape.
+    """
+    init = jax.jit(partial(init_learner, network=network, args=args))
+
+    def make() -> LearnerState:
+        obs = encode_obs(empty_obs(observation_space), observation_space)
+        seeds = range(args.seed, args.seed + args.num_seeds)
+        learners = [init(np.uint32(seed), obs) for seed in seeds]
+        return jax.tree.map(lambda *x: jnp.stack(x), *learners)
+
+    return make
 
 
-def log(writers: list, step: int, metrics: dict, transition: Transition, histograms: bool) -> None:
-    """Writes an iteration's metrics [S], and histograms of its rollout, to event files."""
-    for s, writer in enumerate(writers):
-        for name in [name for name in metrics if np.isfinite(metrics[name][s])]:
-            writer.add_scalar(name, metrics[name][s], step)
-        for name in ("obs", "action", "reward") if histograms else ():
-            values = [np.ravel(x[s]) for x in jax.tree.leaves(getattr(transition, name))]
-            writer.add_histogram(f"rollout/{name}", np.concatenate(values), step)
+def seeds_of_envs(args: Args, *more: int) -> list[int]:
+    """Returns the seeds of this process's environments, S*N of them; `more` makes them others."""
+    local = args.num_envs // jax.process_count()
+    mine = slice(jax.process_index() * local, (jax.process_index() + 1) * local)
+    found = []
+    for seed in range(args.seed, args.seed + args.num_seeds):
+        entropy = [seed, *more] if more else seed
+        drawn = np.random.SeedSequence(entropy).generate_state(args.num_envs) >> 1
+        found += drawn[mine].tolist()
+    return found
 
 
-def save(args: Args, manager: ocp.CheckpointManager, learner: LearnerState, seconds: np.ndarray) -> None:
-    """Writes a checkpoint and result.json. Stops with exit code 1 where that fails, the last good checkpoint kept."""
-    iteration, seeds = int(learner.iteration[0]), [args.seed + s for s in range(args.num_seeds)]
-    timesteps, (_, acting, compiling, learning) = iteration * args.num_envs * args.num_steps, seconds.tolist()
-    total = float(sum(seconds))
-    spent = {"sps": total - compiling, "sps_with_compile": total, "sps_rollout": acting, "sps_update": learning}
-    returns = [float(np.nanmean(x)) if np.isfinite(x).any() else None for x in learner.returns]
-    content = {"script": Path(__file__).name, "env_id": args.env_id, "args": asdict(args), "seeds": seeds}
-    content |= {"finished": iteration >= args.num_iterations, "timesteps": timesteps, "episodic_return": returns}
-    content |= {"wall_time": total, "compile_time": compiling, "episodes": learner.episodes.tolist()}
-    content |= {"eval_return": None} | {name: timesteps * len(seeds) / x for name, x in spent.items()}
-    content |= {"versions": {x: sys.modules[x].__version__ for x in "jax flax optax envpool gymnasium numpy".split()}}
-    content |= {"device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {jax.process_count()} process(es)"}
+class Run(NamedTuple):  # everything that acts
+    args: Args
+    env: Environment  # EnvPool's compiled calls hold bare pointers: it must outlive `act`
+    network: nn.Module
+    learner: LearnerState  # new, [S, ...], on the host
+    runner: RunnerState
+    act: Callable  # (runner, learner without opt_state) to runner and Transition [S, T, N, ...]
+    rollout_shape: Transition  # what act returns, as shapes
+
+
+def make_run(args: Args, env_seeds: list[int], new: bool = True, render: bool = False) -> Run:
+    """Returns environments, networks, and the compiled rollout, all on the CPU.
+
+    Args:
+        new: whether to initialise learners; without, `learner` holds only shapes.
+        render: whether the environment can be filmed.
+    """
+    # EnvPool's MuJoCo speaks float64, which nothing outside of rollouts may
+    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
+        env = make_env(args, env_seeds, render)
+        zeros = jnp.zeros(len(env_seeds), jnp.float32)
+        env_state, time_step = env.first
+        runner = RunnerState(env_state, time_step, Episode(zeros, zeros, zeros))
+        network = ActorCritic(env.action_space, args)
+        make = make_learner(args, env.observation_space, network)
+        learner = jax.device_get(make()) if new else jax.eval_shape(make)
+        act = jax.jit(partial(rollout, env=env, network=network, args=args))
+        # It holds a pointer, and so is of no use to other processes
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
+        lowered = act.lower(runner, learner._replace(opt_state=None))
+        act = lowered.compile()
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    _, rollout_shape = lowered.out_info
+    return Run(args, env, network, learner, runner, act, rollout_shape)
+
+
+def compile_update(run: Run, mesh: Mesh) -> Callable:
+    """Returns the compiled update of all seeds: (learner, rollout) to (learner, metrics [S]).
+
+    Seeds lie on the mesh's second axis; of a rollout, its first axis has the environments.
+    """
+    shared = mesh.shape["process"] > 1
+    args = replace(run.args, distributed=shared)
+    by_seed = PartitionSpec("seed")
+    by_env = PartitionSpec("seed", None, "process")
+    learn = jax.vmap(partial(update, network=run.network, args=args))
+    learn = jax.shard_map(
+        learn, mesh=mesh, in_specs=(by_seed, by_env), out_specs=by_seed, check_vma=False
+    )
+    learn = jax.jit(learn, donate_argnums=0)
+
+    put = partial(multihost_utils.host_local_array_to_global_array, global_mesh=mesh)
+    learner = put(run.learner, pspecs=by_seed)
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), run.rollout_shape)
+    learn = learn.lower(learner, put(zeros, pspecs=by_env)).compile()
+
+    def learn_from_host(learner: LearnerState, rollout: Transition) -> tuple:
+        return learn(put(learner, pspecs=by_seed), put(rollout, pspecs=by_env))
+
+    return learn_from_host
+
+
+def first_not_finite(quantities: dict[str, Any]) -> str | None:
+    """Returns the name of the first pytree with a leaf that is infinite or no number."""
+    for name, tree in quantities.items():
+        for leaf in jax.tree.leaves(tree):
+            if not np.isfinite(leaf).all():
+                return name
+    return None
+
+
+def check_finite(iteration: int, last: "Iteration") -> None:
+    """Stops with exit code 1 at the first bad quantity, in the order in which they arise."""
+    bad = first_not_finite(
+        {
+            "the environment's observation": last.transition.obs,
+            "the environment's reward": last.transition.reward,
+            "the discounted return": last.transition.discounted_return,
+            "the action": last.transition.action,
+            **{name: x for name, x in last.learner._asdict().items() if name.endswith("stats")},
+            **{name: x for name, x in last.metrics.items() if "episodic" not in name},
+            "a network's parameter": last.learner.params,
+        }
+    )
+    if bad:
+        fail(f"iteration {iteration}: {bad} is not finite; earlier checkpoints are good", code=1)
+
+
+# Run folder
+def to_json(content: Any) -> str:
+    """Returns strict JSON; infinity is written as a string."""
+    if isinstance(content, dict):
+        content = {k: str(v) if v in (math.inf, -math.inf) else v for k, v in content.items()}
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file such that it is either whole or not there. Raises: OSError."""
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
-        manager.save(iteration, args=ocp.args.StandardSave((learner, seconds)))
-        manager.wait_until_finished()
-        write_json(args.folder / "result.json", content)
-    except (OSError, ValueError) as error:
-        fail(f"--run-dir {args.folder} takes no checkpoint, the last good one stays; make room: {error}", code=1)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> dict:
+    """Returns the content of a file that holds a JSON object. Raises: ValueError, OSError."""
+    content = json.loads(path.read_text())
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} holds no JSON object")
+    return content
+
+
+def args_to_dict(args: Args) -> dict:
+    """Returns settings as JSON can hold them."""
+    return json.loads(to_json(asdict(args)))
+
+
+def args_from_dict(content: dict) -> Args:
+    """Returns settings that were JSON. Raises: ValueError where they are another script's."""
+    known = {field.name: field.default for field in fields(Args)}
+    odd = sorted(content.keys() ^ known.keys())
+    if odd:
+        names = ", ".join(flag(name) for name in odd)
+        raise ValueError(f"its settings and this script's differ in {names}")
+    settings = {}
+    for name, value in content.items():
+        if isinstance(value, list):
+            value = tuple(value)
+        if value == "inf" and isinstance(known[name], float):
+            value = math.inf
+        if known[name] is not None and not isinstance(value, type(known[name]) | int):
+            raise ValueError(f"{flag(name)} is {value!r}")
+        settings[name] = value
+    return Args(**settings)
+
+
+def space_to_dict(space: spaces.Space | dict, bounds: bool) -> dict:
+    """Returns a space as JSON can hold it; bounds: of boxes, whether to keep theirs."""
+    if isinstance(space, dict | spaces.Dict):
+        parts = {name: space_to_dict(part, bounds) for name, part in space.items()}
+        return {"type": "Dict", "spaces": parts}
+    if isinstance(space, spaces.Tuple):
+        return {"type": "Tuple", "spaces": [space_to_dict(part, bounds) for part in space]}
+    if isinstance(space, spaces.Discrete):
+        return {"type": "Discrete", "n": int(space.n), "start": int(space.start)}
+    if isinstance(space, spaces.MultiDiscrete):
+        nvec, start = space.nvec.tolist(), space.start.tolist()
+        return {"type": "MultiDiscrete", "nvec": nvec, "start": start}
+    if isinstance(space, spaces.MultiBinary):
+        return {"type": "MultiBinary", "n": list(space.shape)}
+    content = {"type": "Box", "shape": list(space.shape)}
+    if bounds:
+        content["dtype"] = str(space.dtype)
+        content["low"] = np.nan_to_num(space.low).tolist()  # strict JSON has no infinity
+        content["high"] = np.nan_to_num(space.high).tolist()
+    return content
+
+
+def space_from_dict(content: dict) -> spaces.Space:
+    """Returns the space that space_to_dict wrote; its boxes' bounds may be huge, not infinite."""
+    content = dict(content)
+    kind = content.pop("type")
+    if kind == "Dict":
+        return spaces.Dict({k: space_from_dict(v) for k, v in content["spaces"].items()})
+    if kind == "Tuple":
+        return spaces.Tuple([space_from_dict(v) for v in content["spaces"]])
+    if kind == "Discrete":
+        return spaces.Discrete(**content)
+    if kind == "MultiDiscrete":
+        return spaces.MultiDiscrete(content["nvec"], start=content["start"])
+    if kind == "MultiBinary":
+        return spaces.MultiBinary(content["n"])
+    shape = tuple(content["shape"])
+    if "low" not in content:
+        return spaces.Box(-np.inf, np.inf, shape)
+    dtype = np.dtype(content["dtype"])
+    low, high = np.array(content["low"], dtype), np.array(content["high"], dtype)
+    return spaces.Box(low, high, shape, dtype)
+
+
+def definitions(text: str) -> dict[str, str]:
+    """Returns {name: code} of a script's top level, without comments and layout."""
+    found = {}
+    for number, node in enumerate(ast.parse(text).body):
+        target = getattr(node, "targets", [None])[0]
+        name = getattr(node, "name", None) or getattr(target, "id", None)
+        found[name or f"{type(node).__name__.lower()} {number}"] = ast.dump(node)
+    return found
+
+
+def changed_definitions(folder: Path) -> str:
+    """Returns the names of what differs between this script and the one that began a run."""
+    try:
+        before = definitions((folder / Path(__file__).name).read_text())
+    except (OSError, SyntaxError, ValueError):
+        return "all of it (the copy there is not readable)"
+    now = definitions(Path(__file__).read_text())
+    names = [name for name in {**now, **before} if now.get(name) != before.get(name)]
+    return ", ".join(names)
+
+
+def strangers(folder: Path) -> list[str]:
+    """Returns the files in a folder that no run has written."""
+    own = {path for pattern in RUN_FILES for path in folder.glob(pattern)}
+    files = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    return [str(path.relative_to(folder)) for path in files if path not in own]
+
+
+def holds_run(folder: Path) -> bool:
+    """Returns whether a folder holds a run of this script, of whatever settings."""
+    return (folder / "args.json").exists() and (folder / Path(__file__).name).exists()
+
+
+def other_script(folder: Path) -> str:
+    """Returns the name of the script whose run a folder holds, or an empty string."""
+    names = [path.name for path in folder.glob("*.py")] if (folder / "args.json").exists() else []
+    return names[0] if names and Path(__file__).name not in names else ""
+
+
+# Settings that may differ when a run goes on: they change no result
+FREE = {
+    "run_dir",
+    "total_timesteps",
+    "clobber",
+    "checkpoint_interval",
+    "log_interval",
+    "mode",
+    "eval_episodes",
+    "eval_steps",
+    "video",
+    "platform",
+    "distributed",
+    "vectorization",
+}
+
+
+def check_folder(args: Args) -> None:
+    """Stops with exit code 2 where a run folder is somebody else's, or its run is another."""
+    folder = args.folder
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        fail(f"--run-dir {folder} is a file: give a folder")
+    remedy = "choose another --exp-name or --run-dir"
+    if not holds_run(folder):
+        found = ["args.json"] if (folder / "args.json").exists() else strangers(folder)
+        if other_script(folder):
+            fail(f"--run-dir {folder} holds a run of {other_script(folder)}: {remedy}")
+        if found:
+            fail(f"--run-dir {folder} holds files that are no run's ({found[0]}): {remedy}")
+        return
+    if args.clobber:
+        return
+    remedy += ", or start afresh with --clobber"
+    if changed := changed_definitions(folder):
+        name = Path(__file__).name
+        fail(
+            f"{folder} holds a run of another version of {name}, differing in: {changed}; {remedy}"
+        )
+    try:
+        before = read_json(folder / "args.json")
+    except ValueError:
+        fail(f"{folder}/args.json is not readable: restore it (result.json has it), or {remedy}")
+    now = args_to_dict(args)
+    differ = [name for name in now if now[name] != before.get(name) and name not in FREE]
+    if differ:
+        flags = ", ".join(f"{flag(x)} {now[x]} (there: {before.get(x)})" for x in differ)
+        fail(f"{folder} holds a run with other settings: {flags}; {remedy}")
+
+
+def lock_folder(folder: Path) -> int:
+    """Returns the descriptor of a run folder's locked file; the lock ends with this process.
+
+    Stops with exit code 2, naming the owner, where another process trains in the folder.
+    """
+    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        owner = os.read(lock, 1000).decode() or "another process"
+        fail(f"{folder} is being trained in by {owner}: wait for it, or end it")
+    os.truncate(lock, 0)
+    os.write(lock, f"process {os.getpid()} on {platform.node()}".encode())
+    return lock
+
+
+def clobber(folder: Path) -> None:
+    """Deletes the run in a folder. Stops with exit code 2 where anything there is not a run's.
+
+    The folder is moved aside first, so that it is never half a run. Raises: OSError.
+    """
+    if not folder.exists() or not holds_run(folder):
+        return
+    if found := strangers(folder):
+        fail(f"--clobber: {folder} also holds {', '.join(found[:3])}: move that away first")
+    if Path.cwd().is_relative_to(folder):
+        fail(f"--clobber: {folder} is the current directory: start from another one")
+    lock = lock_folder(folder)
+    aside = folder.with_name(f".{folder.name}.clobbered-{os.getpid()}")
+    folder.rename(aside)
+    os.close(lock)
+    shutil.rmtree(aside, ignore_errors=True)
+    if aside.exists():
+        note(f"--clobber: the old run could not be deleted whole; what is left lies in {aside}")
+
+
+def create_folder(args: Args, run: Run) -> None:
+    """Writes what a run folder begins with; the script first and args.json last."""
+    folder = args.folder
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    for temporary in [*folder.glob("*.tmp"), *folder.glob("checkpoints/*.tmp")]:
+        temporary.unlink()  # of a process that was killed while it wrote
+    write_atomically(folder / Path(__file__).name, Path(__file__).read_bytes())
+    described = {
+        "observation": space_to_dict(run.env.observation_space, bounds=False),
+        "action": space_to_dict(run.env.action_space, bounds=True),
+    }
+    path = folder / "spaces.json"
+    if path.exists() and read_json(path) != described:
+        fail(f"--env-id {args.env_id} has other spaces than when {folder} was begun: --clobber")
+    write_atomically(path, to_json(described).encode())
+    write_atomically(folder / "args.json", to_json(asdict(args)).encode())
+
+
+# Checkpoints
+class Seconds(NamedTuple):  # spent by all processes that have worked on a run
+    starting: float = 0.0  # compilation, and everything else before the first iteration
+    wall: float = 0.0  # iterations, all in all
+    acting: float = 0.0
+    learning: float = 0.0
+
+
+def checkpoint_paths(folder: Path) -> list[Path]:
+    """Returns the checkpoints of a run folder, the newest first."""
+    paths = (folder / "checkpoints").glob("*.msgpack")
+    return sorted(paths, key=lambda path: int(path.stem), reverse=True)
+
+
+def write_checkpoint(folder: Path, learner: LearnerState, seconds: Seconds) -> None:
+    """Writes a checkpoint, named by its iteration, and keeps the one before. Raises: OSError.
+
+    The file is a SHA-256 digest of 32 bytes, and then what flax.serialization makes of the state.
+    """
+    content = flax.serialization.to_bytes({"learner": learner, "seconds": seconds})
+    path = folder / "checkpoints" / f"{int(learner.iteration[0])}.msgpack"
+    write_atomically(path, hashlib.sha256(content).digest() + content)
+    for old in checkpoint_paths(folder)[2:]:
+        old.unlink()
+
+
+def read_checkpoint(path: Path, like: LearnerState) -> tuple[LearnerState, Seconds]:
+    """Returns what a checkpoint holds; `like` has its structure. Raises: ValueError, OSError."""
+    data = path.read_bytes()
+    digest, content = data[:32], data[32:]
+    if hashlib.sha256(content).digest() != digest:
+        raise ValueError("its bytes have changed")
+    found = flax.serialization.from_bytes({"learner": like, "seconds": Seconds()}, content)
+    return found["learner"], found["seconds"]
+
+
+def newest_checkpoint(folder: Path, like: LearnerState) -> tuple[LearnerState, Seconds] | None:
+    """Returns what the newest readable checkpoint holds, None where there are none.
+
+    Raises: ValueError where there are some, but none readable.
+    """
+    paths = checkpoint_paths(folder)
+    for path in paths:
+        try:
+            return read_checkpoint(path, like)
+        except (ValueError, OSError, KeyError) as error:
+            note(f"{path} is damaged ({error}), trying the one before")
+    if paths:
+        raise ValueError(f"{folder} has no readable checkpoint: restore a backup, or --clobber")
+    return None
+
+
+def last_100(learner: LearnerState) -> list[float | None]:
+    """Returns each seed's mean return of the last 100 training episodes, None before the first."""
+    means = []
+    for returns, episodes in zip(learner.returns, learner.episodes, strict=True):
+        known = returns[len(returns) - min(int(episodes), len(returns)) :]
+        means.append(float(np.mean(known)) if len(known) else None)
+    return means
+
+
+def make_result(args: Args, learner: LearnerState, seconds: Seconds) -> dict:
+    """Returns the content of result.json."""
+    iteration = int(learner.iteration[0])
+    steps = iteration * args.rollout_size * args.num_seeds
+    versions = {x.__name__: x.__version__ for x in (jax, flax, optax, envpool, gymnasium, np)}
+    cores = f"{os.cpu_count()} cores"
+    processes = f"{jax.process_count()} process(es)"
+    return {
+        "script": Path(__file__).name,
+        "env_id": args.env_id,
+        "args": args_to_dict(args),
+        "seeds": list(range(args.seed, args.seed + args.num_seeds)),
+        "finished": iteration >= args.num_iterations,
+        "timesteps": iteration * args.rollout_size,
+        "episodes": [int(x) for x in learner.episodes],
+        "episodic_return": last_100(learner),
+        "eval_return": None,
+        "wall_time": seconds.starting + seconds.wall,
+        "compile_time": seconds.starting,
+        "sps": steps / max(seconds.wall, 1e-9),
+        "sps_with_compile": steps / (seconds.starting + max(seconds.wall, 1e-9)),
+        "sps_rollout": steps / max(seconds.acting, 1e-9),
+        "sps_update": steps / max(seconds.learning, 1e-9),
+        "versions": versions,
+        "device": f"{jax.devices()[0].device_kind}, {cores}, {processes}",
+    }
+
+
+def save(args: Args, learner: LearnerState, seconds: Seconds) -> None:
+    """Writes a checkpoint and result.json.
+
+    Stops with exit code 1 where the disk takes none, or the state is not finite.
+    """
+    folder = args.folder
+    if bad := first_not_finite(learner._asdict()):
+        fail(f"{bad} is not finite after {args.env_id}'s last rollout; no checkpoint", code=1)
+    try:
+        write_checkpoint(folder, learner, seconds)
+        result = make_result(args, learner, seconds)
+        write_atomically(folder / "result.json", to_json(result).encode())
+    except OSError as error:
+        kept = checkpoint_paths(folder)
+        last = f"checkpoint {kept[0].stem} stays" if kept else "there is no earlier one"
+        fail(
+            f"--run-dir {folder} takes no checkpoint ({error.strerror}), {last}: make room", code=1
+        )
+
+
+# Logs
+class EventFile:
+    """A TensorBoard event file whose writer neither blocks nor fails.
+
+    What a full disk does not take is kept and written when there is room again.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        """Begins a file in a folder; what earlier files have from first_step on is void."""
+        name = f"events.out.tfevents.{time.time():.6f}.{platform.node()}.{os.getpid()}"
+        self.path = folder / name
+        self.pending = b""
+        self.add(Event(file_version="brain.Event:2"))
+        self.add(Event(session_log=SessionLog(status=SessionLog.START), step=first_step))
+
+    def add(self, event: Event) -> None:
+        """Takes an event, to be written with the next flush."""
+        event.wall_time = time.time()
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        self.pending += record.getvalue()
+
+    def add_summary(self, step: int, summary: Summary) -> None:
+        """Takes a summary, to be written with the next flush."""
+        self.add(Event(step=step, summary=summary))
+
+    def flush(self) -> None:
+        """Writes what is pending, as far as the disk takes it."""
+        with suppress(OSError):
+            self.path.parent.mkdir(exist_ok=True)
+            with open(self.path, "ab", buffering=0) as file:
+                while self.pending:
+                    written = file.write(self.pending)
+                    self.pending = self.pending[written:]
+
+
+def open_event_files(args: Args, run: Run, step: int) -> list[EventFile]:
+    """Returns an event file per seed, in the run folder or its sub-folders, from `step` on.
+
+    They begin with the settings, as a table and for the HParams tab, and the networks' layers.
+    """
+    settings = args_to_dict(args)
+    table = ["|setting|value|", "|-|-|", *(f"|{name}|{value}|" for name, value in settings.items())]
+    plain = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in settings.items()}
+    obs = jax.tree.map(lambda x: x[:1, 0], run.runner.time_step.obs)
+    options = {"width": 120, "force_terminal": False}
+    layers = run.network.tabulate(jax.random.PRNGKey(0), obs, console_kwargs=options)
+    files = []
+    for seed in range(args.seed, args.seed + args.num_seeds):
+        folder = args.folder / f"seed{seed}" if args.num_seeds > 1 else args.folder
+        file = EventFile(folder, first_step=step + 1)
+        file.add_summary(step, text_pb("hyperparameters", "\n".join(table)))
+        file.add_summary(step, hparams_pb(plain | {"seed": seed}, trial_id=str(folder)))
+        file.add_summary(step, text_pb("networks", f"```\n{layers}\n```"))
+        files.append(file)
+    return files
+
+
+def log(files: list[EventFile], iteration: int, last: "Iteration", args: Args) -> None:
+    """Writes an iteration's metrics [S], and sometimes histograms of its rollout."""
+    if iteration % args.log_interval:
+        return
+    step = iteration * args.rollout_size
+    for seed, file in enumerate(files):
+        known = {name: float(x[seed]) for name, x in last.metrics.items() if np.isfinite(x[seed])}
+        known["charts/SPS"] = args.num_seeds * args.rollout_size / last.seconds
+        values = [Summary.Value(tag=name, simple_value=x) for name, x in known.items()]
+        file.add_summary(step, Summary(value=values))
+        if iteration % (10 * args.log_interval) == 0:
+            for name in ("obs", "action", "reward"):
+                leaves = jax.tree.leaves(getattr(last.transition, name))
+                values = np.concatenate([np.ravel(leaf[seed]) for leaf in leaves])
+                file.add_summary(step, histogram_pb(f"rollout/{name}", values))
+        file.flush()
+
+
+# Training
+class Signals:
+    """SIGINT and SIGTERM: the first is noted, a second SIGINT ends the process at once."""
+
+    def __init__(self) -> None:
+        self.first = 0  # the signal's number; 0: none yet
+        signal.signal(signal.SIGINT, self.receive)
+        signal.signal(signal.SIGTERM, self.receive)
+
+    def receive(self, number: int, frame: Any) -> None:
+        """Handles a signal, in the main thread, which never waits for an environment."""
+        name = signal.Signals(number).name
+        if not self.first:
+            self.first = number
+            note(f"{name}: ending after this iteration, or in {GRACE} s as the last one left it")
+        elif number == signal.SIGINT:
+            note(f"{name} again: ending at once, the last checkpoint stays")
+            leave(128 + number)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process and its children at once, also where a thread hangs in an environment."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(code)
+
+
+def wait(future: Future, signals: Signals) -> Any:
+    """Returns the result of work in another thread, None if it takes GRACE s after a signal."""
+    while not signals.first:
+        with suppress(TimeoutError):
+            return future.result(timeout=0.5)
+    with suppress(TimeoutError):
+        return future.result(timeout=GRACE)
+    return None
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Adds the time that a block takes to seconds[name]."""
+    began = time.perf_counter()
+    yield
+    seconds[name] += time.perf_counter() - began
+
+
+class Iteration(NamedTuple):  # what one rollout and its update leave behind
+    learner: LearnerState  # on the host: what the next rollout acts by, and a checkpoint holds
+    runner: RunnerState
+    transition: Transition  # on the host
+    metrics: dict[str, np.ndarray]  # [S]
+    seconds: float
+
+
+def iterate(
+    run: Run, learn: Callable, runner: RunnerState, learner: LearnerState, seconds: dict
+) -> Iteration:
+    """Returns what a rollout and an update make of a runner and of learners on the host."""
+    began = time.perf_counter()
+    with timed(seconds, "acting"):
+        runner, transition = run.act(runner, learner._replace(opt_state=None))
+        transition = jax.device_get(transition)
+    with timed(seconds, "learning"):
+        learner, metrics = learn(learner, transition)
+        learner, metrics = jax.device_get((learner, metrics))
+    return Iteration(
+        learner=learner,
+        runner=runner,
+        transition=transition,
+        metrics=metrics,
+        seconds=time.perf_counter() - began,
+    )
 
 
 def train(args: Args, mesh: Mesh) -> None:
-    """Trains to the end, from the newest checkpoint if there is one; SIGINT and SIGTERM end it after the iteration."""
-    clock, began, chief, signals, writers = time.perf_counter, time.perf_counter(), jax.process_index() == 0, [], []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: signals.append(number))
-    act, runner, network, learner, _env = make_run(args)  # a pool freed too early takes the process with it
-    manager, learner, seconds = open_folder(args, learner)
-    first, total, batch_size = int(learner.iteration[0]), args.num_iterations, args.num_envs * args.num_steps
-    if first >= total:
-        return print(f"{args.folder} is finished, {first * batch_size} steps: raise --total-timesteps, or --clobber")
-    specs = PartitionSpec("seed"), PartitionSpec("seed", None, "process")  # of leaves [S, ...] and [S, T, N, ...]
-    learn = jax.vmap(partial(update, network=network, args=replace(args, distributed=mesh.shape["process"] > 1)))
-    learn = jax.shard_map(learn, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
-    learn, put = jax.jit(learn, donate_argnums=0), multihost_utils.host_local_array_to_global_array
-    learner = put(learner, mesh, specs[0])
-    plain = {"mininterval": 10, "bar_format": "{n_fmt} of {total_fmt} steps, {rate_fmt}, {remaining} left{postfix}\n"}
-    steps = {"total": total * batch_size, "initial": first * batch_size, "unit": "step", "unit_scale": args.num_seeds}
-    marks, bar = [clock()], tqdm(disable=not chief, **steps, **({} if sys.stderr.isatty() else plain))
-    seconds = seconds + np.array([0, 0, marks[0] - began, 0])
-    for iteration in range(first + 1, total + 1):
-        marks = [marks[-1], clock()]
-        runner, transition = jax.block_until_ready(act(runner, jax.device_get(learner._replace(opt_state=None))))
-        marks.append(clock())
-        data = put(jax.device_get(transition), mesh, specs[1])
-        learn = learn.lower(learner, data).compile() if iteration == first + 1 else learn
-        marks.append(clock())
-        learner, metrics = learn(learner, data)
-        metrics = jax.device_get(metrics)
-        marks.append(clock())
-        seconds = seconds + np.diff(marks)
-        if bad := [name for name in metrics if "charts" not in name and not np.isfinite(metrics[name]).all()]:
-            bar.close()
-            fail(f"iteration {iteration}: {bad[0]} is not finite; checkpoint {manager.latest_step()} stays", code=1)
-        if chief and iteration % args.log_interval == 0:
-            writers = writers or open_writers(args, network, runner, first * batch_size)
-            metrics["charts/SPS"] = np.full(args.num_seeds, args.num_seeds * batch_size / (marks[-1] - marks[0]))
-            log(writers, iteration * batch_size, metrics, transition, iteration % (10 * args.log_interval) == 0)
-        bar.set_postfix_str(f"return {metrics['charts/episodic_return_100'].mean():.1f}", refresh=False)
-        bar.update(batch_size)
-        if args.distributed:
-            signals = [int(multihost_utils.process_allgather(np.array([*signals, 0])[0]).max())]
-        if chief and (any(signals) or iteration == total or iteration % args.checkpoint_interval == 0):
-            save(args, manager, jax.device_get(learner), seconds)
-        if any(signals):
-            sys.exit(128 + signals[0])
+    """Trains to the end, from the newest checkpoint if there is one."""
+    began = time.perf_counter()
+    chief = jax.process_index() == 0
+    if chief:
+        check_folder(args)
+        if not args.clobber and report_finished(args):
+            return
+    run = make_run(args, seeds_of_envs(args))
+    learn = compile_update(run, mesh)
+    learner, seconds, _lock = open_folder(args, run)
+    first = int(learner.iteration[0])
+    seconds = seconds._asdict()
+    seconds["starting"] += time.perf_counter() - began
+
+    signals = Signals()
+    worker = ThreadPoolExecutor(max_workers=1)
+    files = open_event_files(args, run, first * args.rollout_size) if chief else []
+    runner = run.runner
+    with progress_bar(args, first, chief) as bar:
+        for iteration in range(first + 1, args.num_iterations + 1):
+            with timed(seconds, "wall"):
+                future = worker.submit(iterate, run, learn, runner, learner, seconds)
+                last = wait(future, signals)
+                if last is None:  # it takes longer than a cluster gives
+                    save_and_leave(args, learner, seconds, signals.first)
+                if run.env.failures:
+                    fail(f"iteration {iteration}: {run.env.failures[0]}", code=1)
+                check_finite(iteration, last)
+                learner, runner = last.learner, last.runner
+                if chief:
+                    log(files, iteration, last, args)
+                    show_progress(bar, last.metrics, args)
+            stopping = agree_on_signal(signals, args)
+            due = iteration % args.checkpoint_interval == 0 or iteration == args.num_iterations
+            if chief and (due or stopping):
+                save(args, learner, Seconds(**seconds))
+            if stopping:
+                sys.exit(128 + stopping)
 
 
-def evaluate(asked: Args) -> None:
-    """Runs the newest checkpoint's policies, one episode in each of many environments, and says how they did."""
-    if not ((folder := asked.folder) / "args.json").exists():
-        fail(f"--run-dir {folder} holds no run: train first, or name its folder")
-    saved = json.loads((folder / "args.json").read_text()) | {"mode": "eval", "run_dir": str(folder), "num_steps": 100}
-    args = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()} | {"num_envs": asked.eval_episodes}
-    act, runner, network, learner, env = make_run(args := Args(**args))
-    _, learner, _ = open_folder(args, learner)
-    returns = np.full((args.num_seeds, args.num_envs), np.nan)
-    while np.isnan(returns).any():
-        runner, transition = act(runner, learner._replace(opt_state=None))
-        ended = np.asarray(transition.done * transition.mask) > 0  # [S, T, N]
-        ends = np.take_along_axis(np.asarray(transition.episodic_return), ended.argmax(1)[:, None], axis=1)[:, 0]
-        returns = np.where(np.isnan(returns) & ended.any(1), ends, returns)
-    rows = [{"mean": float(x.mean()), "std": float(x.std()), "episodes": len(x)} for x in returns]
-    for seed, row in enumerate(rows, args.seed):
-        solved = "" if env.threshold is None else f"; solved from {env.threshold:g}: {row['mean'] >= env.threshold}"
-        print(f"seed {seed}: return {row['mean']:.2f} +- {row['std']:.2f} over {row['episodes']} episodes{solved}")
-    write_json(folder / "result.json", json.loads((folder / "result.json").read_text()) | {"eval_return": rows})
-    if asked.video:
-        film(args, env, network, jax.tree.map(lambda x: x[0], learner))
+def save_and_leave(args: Args, learner: LearnerState, seconds: dict, number: int) -> NoReturn:
+    """Ends the process at a signal while an iteration goes on, as the last one left the learner."""
+    if jax.process_index() == 0:
+        save(args, learner, Seconds(**seconds))
+    leave(128 + number)
 
 
-def film(args: Args, env: Environment, network: nn.Module, learner: LearnerState) -> None:
-    """Films one deterministic episode as videos/<env-id>.mp4 and .gif, MuJoCo through Gymnasium's own environment."""
-    os.environ.setdefault("MUJOCO_GL", "egl")
-    native = "mujoco" not in str(envpool.registration.registry.specs.get(args.env_id, "mujoco"))
-    make, apply = partial(envpool.make, env_type="gymnasium") if native else gymnasium.make_vec, jax.jit(network.apply)
+def agree_on_signal(signals: Signals, args: Args) -> int:
+    """Returns the number of a signal that any of the processes has had, or 0."""
+    if not args.distributed:
+        return signals.first
+    received = multihost_utils.process_allgather(np.array(signals.first))
+    return int(received.max())
+
+
+def report_finished(args: Args) -> bool:
+    """Returns whether the run in the folder is finished, and says so; mends its result.json."""
+    paths = checkpoint_paths(args.folder)
+    if not paths or int(paths[0].stem) < args.num_iterations:
+        return False
+    steps = int(paths[0].stem) * args.rollout_size
+    print(f"{args.folder} is finished, {steps} steps: raise --total-timesteps, or --clobber")
+    with suppress(OSError):
+        if read_result(args.folder) is None:
+            saved = read_run(args.folder)
+            result = make_result(saved.args, saved.learner, saved.seconds)
+            write_atomically(args.folder / "result.json", to_json(result).encode())
+    return True
+
+
+def open_folder(args: Args, run: Run) -> tuple[LearnerState, Seconds, Any]:
+    """Returns the newest learner, the seconds spent before, and the folder's lock.
+
+    Stops with exit code 2 at a folder that is another run's, locked, unreadable or unwritable.
+    """
+    folder = args.folder
+    lock = None
     try:
-        vector, frames, done = make(args.env_id, num_envs=1, render_mode="rgb_array"), [], False
-        obs, _ = vector.reset()
-        while not np.any(done):
-            frames.append(np.asarray(vector.render()[0]))
-            obs = jax.tree.map(lambda x, s: normalize(np.float32(x), s, args.clip_obs), obs, learner.obs_stats)
-            if (len(frames) - 1) % args.action_repeat == 0:
-                action = bounded(apply(learner.params, obs)[0].mean, env.action_space, args)
-            obs, _, *done, _ = vector.step(np.asarray(action))
-    except Exception as error:  # no OpenGL, no such environment in Gymnasium: whatever keeps a renderer from working
-        return print(f"--video: {args.env_id} cannot be filmed, see README: {str(error)[:99]}", file=sys.stderr)
-    path = args.folder / "videos" / args.env_id.replace("/", "_").replace(":", "_")
-    path.parent.mkdir(exist_ok=True)
-    imageio.v3.imwrite(f"{path}.mp4", np.stack(frames), fps=30)
-    imageio.v3.imwrite(f"{path}.gif", np.stack(frames)[:300:3, ::2, ::2], duration=100, loop=0)
-    print(f"filmed {len(frames)} steps: {path}.mp4, {path}.gif")
+        if jax.process_index() == 0:
+            if args.clobber:
+                clobber(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = lock_folder(folder)
+            check_folder(replace(args, clobber=False))
+            say_what_changes(args)
+            create_folder(args, run)
+        multihost_utils.sync_global_devices("run folder")
+        found = newest_checkpoint(folder, run.learner)
+    except OSError as error:
+        fail(f"--run-dir {folder} cannot be written ({error.strerror}): give another, or make room")
+    except ValueError as error:
+        fail(f"--run-dir {error}")
+    if found is None:
+        return run.learner, Seconds(), lock
+    return *found, lock
+
+
+def say_what_changes(args: Args) -> None:
+    """Says where a run will end, and what a raised --total-timesteps does to what is annealed."""
+    steps = args.num_iterations * args.rollout_size
+    if steps != args.total_timesteps:
+        note(
+            f"ends after {steps} steps, {args.num_iterations} whole rollouts of {args.rollout_size}"
+        )
+    paths = checkpoint_paths(args.folder)
+    if not paths:
+        return
+    before = read_json(args.folder / "args.json")["total_timesteps"]
+    annealed = [x for x in vars(args) if x.startswith("anneal_") and getattr(args, x)]
+    if before != args.total_timesteps and annealed:
+        done = int(paths[0].stem)
+        was = 1 - min(done / max(before // args.rollout_size, 1), 1)
+        now = 1 - done / args.num_iterations
+        names = ", ".join(flag(x) for x in annealed)
+        change = f"goes on from {now:.3f} of its first value; it had come down to {was:.3f}"
+        note(f"--total-timesteps {args.total_timesteps} (before: {before}): {names} {change}")
+
+
+def progress_bar(args: Args, first: int, visible: bool) -> tqdm:
+    """Returns a live line in a terminal; elsewhere it prints plain lines, every ten seconds."""
+    form = {}
+    if not sys.stderr.isatty():
+        line = "{n_fmt} of {total_fmt} steps, {rate_fmt}, {remaining} left{postfix}\n"
+        form = {"mininterval": 10, "bar_format": line}
+    return tqdm(
+        disable=not visible,
+        initial=first * args.rollout_size,
+        total=args.num_iterations * args.rollout_size,
+        unit="step",
+        unit_scale=args.num_seeds,
+        **form,
+    )
+
+
+def show_progress(bar: tqdm, metrics: dict, args: Args) -> None:
+    """Moves the progress line on by an iteration; nobody need be listening."""
+    mean = np.mean(metrics["charts/episodic_return_100"])
+    with suppress(OSError, ValueError):
+        bar.set_postfix_str("" if np.isnan(mean) else f"return {mean:.1f}", refresh=False)
+        bar.update(args.rollout_size)
+
+
+# Evaluation
+class SavedRun(NamedTuple):  # what a run folder holds
+    args: Args
+    observation_space: spaces.Space
+    action_space: spaces.Space
+    learner: LearnerState  # [S, ...], on the host
+    seconds: Seconds
+
+
+def read_run(folder: Path) -> SavedRun:
+    """Returns what a run folder holds, without environments. Raises: ValueError, OSError."""
+    name = Path(__file__).name
+    if other_script(folder):
+        raise ValueError(f"{folder} holds a run of {other_script(folder)}, not of {name}")
+    if not holds_run(folder):
+        raise ValueError(f"{folder} holds no run of {name}: train first, or name its folder")
+    if changed := changed_definitions(folder):
+        note(f"{folder} was trained by another version of this script, differing in: {changed}")
+    try:
+        args = args_from_dict(read_json(folder / "args.json"))
+        described = read_json(folder / "spaces.json")
+        observation_space = space_from_dict(described["observation"])
+        action_space = space_from_dict(described["action"])
+    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+        raise ValueError(f"{folder} is not readable ({error}): use its own {name}") from error
+    args = replace(args, run_dir=str(folder))
+    network = ActorCritic(action_space, args)
+    like = jax.eval_shape(make_learner(args, observation_space, network))
+    found = newest_checkpoint(folder, like)
+    if found is None:
+        raise ValueError(f"{folder} has no checkpoint yet: wait for the first, or train on")
+    learner, seconds = found
+    return SavedRun(args, observation_space, action_space, learner, seconds)
+
+
+def read_result(folder: Path) -> dict | None:
+    """Returns the content of result.json, None where it is missing or damaged."""
+    try:
+        return read_json(folder / "result.json")
+    except (OSError, ValueError):
+        return None
+
+
+class Policy:
+    """A trained policy: `action = policy(obs)`, for one observation or a batch of them."""
+
+    def __init__(self, saved: SavedRun, index: int) -> None:
+        """Takes a run and which of its seeds acts."""
+        self.args = saved.args
+        self.observation_space = saved.observation_space
+        self.action_space = saved.action_space
+        self.network = ActorCritic(saved.action_space, saved.args)
+        learner = jax.tree.map(lambda x: x[index], saved.learner._replace(opt_state=None))
+        self.learner = learner
+        self.random = np.random.default_rng()
+        self.compiled = jax.jit(self.act)
+
+    def act(self, learner: LearnerState, obs: Any, noise: Array) -> Array:
+        """Returns the environment's actions [B, ...] for encoded observations [B, ...]."""
+        normalize_leaf = partial(normalize, bound=self.args.clip_obs)
+        obs = jax.tree.map(normalize_leaf, obs, learner.obs_stats)
+        policy, _ = self.network.apply(learner.params, obs)
+        return env_action(sample_action(policy, noise), self.action_space, self.args)
+
+    def __call__(self, obs: Any, deterministic: bool = True) -> np.ndarray:
+        """Returns the action of one observation, or actions [B, ...] of a batch.
+
+        Args:
+            obs: as the environment gives it: an array, or dicts and tuples of arrays.
+            deterministic: the policy's mean; otherwise a sample.
+        """
+        encoded = encode_obs(obs, self.observation_space)
+        one = encode_obs(empty_obs(self.observation_space), self.observation_space)
+        single = jax.tree.leaves(encoded)[0].ndim == jax.tree.leaves(one)[0].ndim
+        if single:
+            encoded = jax.tree.map(lambda x: x[None], encoded)
+        batch = len(jax.tree.leaves(encoded)[0])
+        shape = (batch, math.prod(self.action_space.shape))
+        noise = np.zeros(shape) if deterministic else self.random.standard_normal(shape)
+        action = self.compiled(self.learner, encoded, jnp.asarray(noise, jnp.float32))
+        action = as_space_dtype(np.asarray(action), self.action_space)
+        return action[0] if single else action
+
+
+def load(run_folder: str | Path, seed: int | None = None) -> Policy:
+    """Returns the trained policy of a run folder; no environment is started.
+
+    Args:
+        seed: which of a folder's seeds; the first where none is given.
+
+    Raises: ValueError where the folder holds no readable run of this script, or not that seed.
+    """
+    saved = read_run(Path(run_folder).resolve())
+    index = 0 if seed is None else seed - saved.args.seed
+    if not 0 <= index < saved.args.num_seeds:
+        raise ValueError(f"{run_folder} has no seed {seed}")
+    return Policy(saved, index)
+
+
+def asked_of(folder: Path, command_line: list[str]) -> tuple[Args, SavedRun]:
+    """Returns what the command line asks of a run's evaluation, and the run.
+
+    Stops with exit code 2 at a flag that contradicts the run. Raises: ValueError, OSError.
+    """
+    saved = read_run(folder)
+    trained = saved.args
+    plain = replace(trained, mode="eval", video=False, distributed=False, platform="auto")
+    asked = parse(command_line, default=plain)
+    for name in vars(asked):
+        value = getattr(trained, name)
+        if getattr(asked, name) != value and name not in FREE:
+            fail(f"{folder} was trained with {flag(name)} {value}: leave {flag(name)} out")
+    return asked, saved
+
+
+class Played(NamedTuple):  # evaluation episodes
+    returns: list[list[float]]  # of each seed
+    left: np.ndarray  # [S, N], how many each environment has still to play
+    endless: int  # how many were cut after eval_steps
+
+
+def play(run: Run, learner: LearnerState, episodes: int) -> Played:
+    """Returns the returns of `episodes` deterministic episodes for each seed.
+
+    Every environment plays its share, so that short episodes weigh no more than long ones.
+    Stops with exit code 1 where an environment fails, or returns what is not finite.
+    """
+    args = run.args
+    left = np.full((args.num_seeds, args.num_envs), episodes // args.num_envs)
+    left[:, : episodes % args.num_envs] += 1
+    played = Played(returns=[[] for _ in range(args.num_seeds)], left=left, endless=0)
+    runner = run.runner
+    acting = learner._replace(opt_state=None)
+    worker = ThreadPoolExecutor(max_workers=1)  # another thread acts, so that Ctrl-C is heard
+    with tqdm(total=int(left.sum()), unit="episode") as bar:
+        while played.left.any():
+            runner, transition = worker.submit(run.act, runner, acting).result()
+            transition = jax.device_get(transition)
+            if run.env.failures:
+                fail(run.env.failures[0], code=1)
+            bad = first_not_finite({"observation": transition.obs, "reward": transition.reward})
+            if bad:
+                fail(f"--env-id {args.env_id}: the environment's {bad} is not finite", code=1)
+            played = add_episodes(played, transition, args.eval_steps)
+            with suppress(OSError, ValueError):
+                bar.update(bar.total - int(played.left.sum()) - bar.n)
+    return played
+
+
+def add_episodes(played: Played, transition: Transition, eval_steps: int) -> Played:
+    """Returns what was played, with the episodes that ended in a rollout [S, T, N, ...].
+
+    An environment whose episode is longer than eval_steps plays no further one.
+    """
+    returns = [list(x) for x in played.returns]
+    left = played.left.copy()
+    endless = played.endless
+    ended = transition.done * transition.mask
+    for seed, step, env in np.argwhere(ended > 0):
+        if left[seed, env] > 0:
+            left[seed, env] -= 1
+            returns[seed].append(float(transition.episodic_return[seed, step, env]))
+    for seed, env in np.argwhere(transition.episodic_length[:, -1] >= eval_steps):
+        if left[seed, env] > 0:
+            left[seed, env] = 0
+            returns[seed].append(float(transition.episodic_return[seed, -1, env]))
+            endless += 1
+    return Played(returns=returns, left=left, endless=endless)
+
+
+def evaluate(args: Args, saved: SavedRun) -> None:
+    """Runs a saved run's policies, says how they did, and writes it to result.json."""
+    size = min(args.num_envs, args.eval_episodes)  # no more environments than training had
+    playing = replace(args, num_envs=size, num_steps=100)
+    run = make_run(playing, seeds_of_envs(playing, 1), new=False)
+    played = play(run, saved.learner, args.eval_episodes)
+    rows = []
+    for seed, found in enumerate(played.returns, args.seed):
+        row = {"mean": float(np.mean(found)), "std": float(np.std(found)), "episodes": len(found)}
+        line = f"seed {seed}: return {row['mean']:.2f} +- {row['std']:.2f}"
+        line += f" over {len(found)} episodes, {min(found):.2f} to {max(found):.2f}"
+        if run.env.threshold is not None:
+            solved = row["mean"] >= run.env.threshold
+            line += f"; solved from {run.env.threshold:g}: {solved}"
+        rows.append(row)
+        print(line, flush=True)
+    if played.endless:
+        note(f"{played.endless} episodes had not ended after --eval-steps {args.eval_steps}")
+    result = read_result(args.folder) or make_result(saved.args, saved.learner, saved.seconds)
+    result["eval_return"] = rows
+    try:
+        write_atomically(args.folder / "result.json", to_json(result).encode())
+    except OSError as error:
+        note(f"{args.folder}/result.json is left as it was: {error.strerror}")
+    if args.video:
+        film(args, saved)
+
+
+def film(args: Args, saved: SavedRun) -> None:
+    """Films an episode of the first seed as videos/<env-id>.mp4 and .gif.
+
+    MuJoCo is filmed by Gymnasium's own environment of that name. In a run folder that cannot be
+    written, the films go to the current directory.
+    """
+    os.environ.setdefault("MUJOCO_GL", "egl")
+    env_id = args.env_id
+    if "mujoco" in str(envpool.registration.registry.specs.get(env_id, "")):
+        env_id = f"gymnasium:{env_id}"
+    one = replace(args, env_id=env_id, num_envs=1, num_seeds=1, num_steps=1, vectorization="sync")
+    learner = jax.tree.map(lambda x: x[:1], saved.learner._replace(opt_state=None))
+    frames = []
+    try:
+        run = make_run(one, seeds_of_envs(one, 1), new=False, render=True)
+        runner = run.runner
+        ended = False
+        while not ended and len(frames) < args.eval_steps:
+            frames.append(run.env.render())
+            runner, transition = run.act(runner, learner)
+            ended = bool(transition.done.any()) or bool(run.env.failures)
+        folder = args.folder if os.access(args.folder, os.W_OK) else Path.cwd()
+        path = folder / "videos" / args.env_id.replace("/", "_").replace(":", "_")
+        path.parent.mkdir(exist_ok=True)
+        imageio.v3.imwrite(f"{path}.mp4", np.stack(frames), fps=30)
+        imageio.v3.imwrite(f"{path}.gif", np.stack(frames)[:300:3, ::2, ::2], duration=100, loop=0)
+    except Failure as failure:
+        note(f"--video: {failure}")
+    except Exception as error:  # no OpenGL, no ffmpeg, no room: whatever keeps one from filming
+        note(f"--video: {args.env_id} cannot be filmed, see README: {describe(error)}")
+    else:
+        print(f"filmed {len(frames)} steps: {path}.mp4, {path}.gif")
 
 
 class Agent:
-    """PPO-CMA by hand, from a loop of one's own. Its methods and their order are those of the authors' Agent.
+    """PPO-CMA by hand, from a loop of one's own. Its methods' order is that of the authors' Agent.
 
     agent = Agent(obs, action_space, **settings); agent.init(seed); action = agent.act(obs);
-    agent.memorize(obs, action, reward, next_obs, terminated, truncated); agent.update_with_memorized().
+    agent.memorize(obs, action, reward, next_obs, terminated, truncated);
+    agent.update_with_memorized(). Or agent = Agent.from_run(run_folder), and on from there.
     """
 
-    def __init__(self, obs: Any, action_space: Any, capacity: int = 8000, **settings: Any) -> None:
-        """Takes one observation, the bounded Box of actions, the most decisions between two updates, flags of Args."""
-        self.args = Args(num_envs=1, num_steps=capacity, **{"action_repeat": 1} | settings)
-        self.space, self.network = action_space, ActorCritic(action_space, self.args)
-        self.obs, self.memory = jax.tree.map(np.float32, obs), []
-        self.update = jax.jit(partial(update, network=self.network, args=self.args), donate_argnums=0)
-        self.policy = jax.jit(self._policy)
+    def __init__(
+        self, obs: Any, action_space: spaces.Box, capacity: int = 8000, **settings: Any
+    ) -> None:
+        """Makes networks and functions; `init` makes a learner.
 
-    def _policy(self, learner: LearnerState, obs: Any, noise: Array) -> Array:
-        obs = jax.tree.map(lambda x, s: normalize(x[None], s, self.args.clip_obs), obs, learner.obs_stats)
-        return sample_action(self.network.apply(learner.params, obs)[0], noise)[0]
+        Args:
+            obs: one observation.
+            action_space: with bounds.
+            capacity: the most decisions and episode ends between two updates.
+            settings: flags of Args.
+        """
+        rows = {"num_envs": 1, "num_steps": capacity}
+        self.args = Args(**{"action_repeat": 1} | settings | rows)
+        self.space = action_space
+        self.network = ActorCritic(action_space, self.args)
+        self.obs = jax.tree.map(np.float32, obs)
+        self.memory = []
+        learn = partial(update, network=self.network, args=self.args)
+        self.update = jax.jit(learn, donate_argnums=0)
+        self.policy = jax.jit(self.sample)
+
+    @classmethod
+    def from_run(cls, run_folder: str | Path, seed: int | None = None) -> "Agent":
+        """Returns an agent that goes on from a run's newest checkpoint, history included.
+
+        Args:
+            seed: which of a folder's seeds; the first where none is given.
+
+        Raises: ValueError where the folder holds no readable run of this script.
+        """
+        policy = load(run_folder, seed)
+        saved = read_run(Path(run_folder).resolve())
+        index = 0 if seed is None else seed - saved.args.seed
+        space = saved.observation_space
+        obs = jax.device_get(encode_obs(empty_obs(space), space))
+        settings = asdict(saved.args) | {"action_repeat": 1}
+        for name in ("num_envs", "num_steps"):
+            settings.pop(name)
+        agent = cls(obs, policy.action_space, saved.args.rollout_size, **settings)
+        agent.learner = jax.tree.map(lambda x: jnp.asarray(x[index]), saved.learner)
+        agent.random = np.random.default_rng()
+        return agent
+
+    def sample(self, learner: LearnerState, obs: Any, noise: Array) -> Array:
+        """Returns an action [U] from one observation and noise [1, U]."""
+        normalize_leaf = partial(normalize, bound=self.args.clip_obs)
+        batch = jax.tree.map(lambda x: x[None], obs)
+        batch = jax.tree.map(normalize_leaf, batch, learner.obs_stats)
+        policy, _ = self.network.apply(learner.params, batch)
+        return sample_action(policy, noise)[0]
 
     def init(self, seed: int = 1) -> None:
         """Makes a new learner."""
-        make = jax.jit(partial(init_learner, obs=self.obs, network=self.network, args=self.args))
-        self.learner = make(np.uint32(seed))
+        make = partial(init_learner, obs=self.obs, network=self.network, args=self.args)
+        self.learner = jax.jit(make)(np.uint32(seed))
         self.random = np.random.default_rng(seed)
 
     def act(self, obs: Any, deterministic: bool = False) -> np.ndarray:
         """Returns an action of the space for one observation."""
-        noise = self.random.standard_normal((1, int(np.prod(self.space.shape)))) * (not deterministic)
+        shape = (1, math.prod(self.space.shape))
+        noise = np.zeros(shape) if deterministic else self.random.standard_normal(shape)
+        obs = jax.tree.map(np.float32, obs)
         action = self.policy(self.learner._replace(opt_state=None), obs, np.float32(noise))
-        return np.asarray(bounded(action, self.space, self.args))
+        return np.asarray(env_action(action, self.space, self.args))
 
-    def memorize(self, obs: Any, action: Any, reward: float, next_obs: Any, terminated: bool, truncated: bool) -> None:
+    def memorize(
+        self,
+        obs: Any,
+        action: Any,
+        reward: float,
+        next_obs: Any,
+        terminated: bool,
+        truncated: bool,
+    ) -> None:
         """Remembers one decision for the next update."""
         self.memory.append((obs, action, reward, next_obs, terminated, truncated))
 
     def update_with_memorized(self) -> float:
-        """Returns the mean return of the episodes that ended in what was memorized, learns from it and forgets it.
+        """Returns the mean return of the episodes that ended in what was memorized, and learns it.
 
-        An unfinished episode's rest is worth what the critic says. Raises: ValueError where it exceeds the capacity.
+        What was memorized is forgotten. An unfinished episode's rest is worth what the critic
+        says. Raises: ValueError where there is more than the capacity.
         """
-        nothing = jax.tree.map(np.zeros_like, self.obs), np.zeros(self.space.shape).ravel()
-        none = Transition(*nothing, *(np.float32(0),) * 7)
-        rows, length, total, last = [], 0, 0.0, self.obs
-        for obs, action, reward, next_obs, terminated, truncated in self.memory:
-            if rows and rows[-1].done:
-                rows.append(none._replace(obs=last))  # the true last observation, as environments show it
-                length, total = 0, 0.0
-            length, total, last = length + 1, total + reward, next_obs
-            ends = terminated, terminated or truncated
-            rows.append(Transition(obs, np.ravel(action), reward, *ends, 1.0, total, length, 0.0))
-        if len(rows) > self.args.num_steps:
-            raise ValueError(f"{len(rows)} decisions and episode ends memorized: raise capacity={self.args.num_steps}")
-        rows = [none] * (self.args.num_steps - len(rows)) + rows
-        data = jax.tree.map(lambda *x: np.stack(x).astype(np.float32)[:, None], *rows)  # [T, 1, ...]
-        obs = jax.tree.map(lambda x, y: np.concatenate([x, np.float32(y)[None, None]])[:, :, None], data.obs, last)
-        self.learner, metrics = self.update(self.learner, data._replace(obs=obs))
+        rows, last = self.rows_of_memory()
+        missing = self.args.num_steps - len(rows)
+        if missing < 0:
+            capacity = self.args.num_steps
+            found = f"{len(rows)} decisions and episode ends memorized"
+            raise ValueError(f"{found}: raise capacity={capacity}")
+        rows = [self.no_experience(self.obs)] * missing + rows
+        steps = jax.tree.map(lambda *x: np.stack(x).astype(np.float32)[:, None], *rows)
+        obs = jax.tree.map(
+            lambda x, y: np.concatenate([x, np.float32(y)[None, None]])[:, :, None], steps.obs, last
+        )
+        self.learner, metrics = self.update(self.learner, steps._replace(obs=obs))
         self.memory = []
         return float(metrics["charts/episodic_return"])
 
+    def no_experience(self, obs: Any) -> Transition:
+        """Returns a step with mask 0, as environments have when they reset."""
+        zero = np.float32(0)
+        numbers = dict.fromkeys(Transition._fields, zero)
+        action = np.zeros(math.prod(self.space.shape))
+        return Transition(**numbers | {"obs": obs, "action": action})
+
+    def rows_of_memory(self) -> tuple[list[Transition], Any]:
+        """Returns what was memorized as steps of one environment, and the last observation."""
+        rows = []
+        last = self.obs
+        length, total = 0, 0.0
+        for obs, action, reward, next_obs, terminated, truncated in self.memory:
+            if rows and rows[-1].done:
+                rows.append(self.no_experience(last))  # the true last observation
+                length, total = 0, 0.0
+            length += 1
+            total += reward
+            last = next_obs
+            step = Transition(
+                obs=obs,
+                action=np.ravel(action),
+                reward=reward,
+                terminated=terminated,
+                done=terminated or truncated,
+                mask=1.0,
+                episodic_return=total,
+                episodic_length=length,
+                discounted_return=0.0,
+            )
+            rows.append(step)
+        return rows, last
+
+
+def parse(command_line: list[str], default: Args) -> Args:
+    """Returns the settings of a command line. Exits at --help (0) and at an unknown flag (2)."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
+    args = tyro.cli(Args, args=command_line, default=default, description=__doc__)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    return args
+
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
-    mesh = configure(args)
-    validate(args)
-    train(args, mesh) if args.mode == "train" else evaluate(args)
+    """Trains or evaluates, as the command line says."""
+    try:
+        args = parse(sys.argv[1:], default=Args())
+        validate(args)
+        mesh = configure(args)
+        if args.mode == "train":
+            train(args, mesh)
+        else:
+            try:
+                args, saved = asked_of(args.folder, sys.argv[1:])
+            except (ValueError, OSError) as error:
+                fail(f"--run-dir {error}")
+            validate(args)
+            evaluate(args, saved)
+    except Failure as failure:
+        note(str(failure))
+        raise
+    except KeyboardInterrupt:
+        note("SIGINT: nothing more is written")
+        leave(128 + signal.SIGINT)
+    finally:
+        for child in multiprocessing.active_children():
+            child.kill()
 
 
 if __name__ == "__main__":

@@ -1,39 +1,64 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["jax>=0.10", "flax>=0.12", "optax>=0.2.6", "orbax-checkpoint>=0.11.30", "tyro>=0.9", "tqdm>=4.66",
-#   "envpool>=1.2", "gymnasium[box2d,mujoco]>=1.2", "tensorboard>=2.19", "tensorboardX>=2.6.4", "imageio[ffmpeg]>=2.37"]
+# dependencies = [
+#   "jax>=0.10",
+#   "flax>=0.12",
+#   "optax>=0.2.6",
+#   "envpool>=1.2",
+#   "gymnasium[box2d,mujoco]>=1.2",
+#   "tyro>=0.9",
+#   "tensorboard>=2.19",
+#   "tqdm>=4.66",
+#   "imageio[ffmpeg]>=2.37",
+# ]
 # ///
 """PPO for continuous (Box) actions. One file: run it, copy it, change it.
 
-    python ppo_continuous.py --env-id HalfCheetah-v4 --seed 1  # train; the same command again resumes
-    python ppo_continuous.py --env-id HalfCheetah-v4 --seed 1 --num-seeds 8  # eight independent runs in one process
+    python ppo_continuous.py --env-id HalfCheetah-v4 --seed 1  # the same command again resumes
+    python ppo_continuous.py --env-id HalfCheetah-v4 --seed 1 --num-seeds 8  # in one process
     python ppo_continuous.py --env-id HalfCheetah-v4 --seed 1 --mode eval --video
 
-PPO: arXiv 1707.06347; GAE: 1506.02438; code-level optimisations: 2005.12729. Axes are always [S, T, N, K, ...]: seeds,
-steps, environments per seed, copies of an observation; E epochs of M minibatches of B, U action size, P processes.
+PPO: arXiv 1707.06347; GAE: 1506.02438; code-level optimisations: 2005.12729.
+Axes are always [S, T, N, K, ...]: seeds, steps, environments per seed, copies of an observation.
+E epochs of M minibatches of B rows; U action size; P processes.
 
 Differs from the papers and from CleanRL's ppo_continuous_action.py:
-1. Time limits are not ends: a truncated step bootstraps from the value of its true last observation.
-2. The step on which an environment resets itself, ignoring its action, has mask 0 and trains nothing.
-3. Running statistics rest during a rollout; old values and log-probabilities are computed after it, in one batch.
-4. Actions in [-1, 1] are mapped to the environment's bounds (--no-scale-actions only clips, as CleanRL does).
+1. Time limits are not ends: a truncated step bootstraps from the value of its true last
+   observation.
+2. The step on which an environment resets itself, ignoring its action, has mask 0 and trains
+   nothing.
+3. Running statistics rest during a rollout; old values and log-probabilities are computed after
+   it, in one batch.
+4. Actions in [-1, 1] are mapped to the environment's bounds (--no-scale-actions only clips, as
+   CleanRL does).
 """
 
-import ctypes
+import ast
 import difflib
+import fcntl
+import hashlib
+import io
 import json
+import math
+import multiprocessing
 import os
+import platform
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import envpool
+import flax
 import flax.linen as nn
 import gymnasium
 import imageio.v3
@@ -41,103 +66,261 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import tyro
+from gymnasium import spaces
 from jax import Array
 from jax.experimental import io_callback, multihost_utils
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
-from tensorboardX import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.histogram.summary_v2 import histogram_pb
+from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+from tensorboard.plugins.text.summary_v2 import text_pb
+from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 
 # --- Settings ---
-@dataclass(frozen=True)  # hashable; the comments are the help texts
+@dataclass(frozen=True)  # hashable: goes into jit as a static argument
 class Args:
     # Run
-    env_id: str = "HalfCheetah-v4"  # of EnvPool or Gymnasium, or module:EnvId (module is imported first)
-    seed: int = 1  # random seed; of several, the first
-    num_seeds: int = 1  # S, independent runs in this process, with seeds seed, seed + 1, ...
-    total_timesteps: int = 1_000_000  # environment steps per seed
-    exp_name: str = "ppo"  # name of this experiment, a part of the run folder
-    run_dir: str = ""  # run folder; empty: runs/<script>/<env-id>/<exp-name>/seed<seed>
-    clobber: bool = False  # delete the run folder and start afresh
-    checkpoint_interval: int = 50  # iterations between checkpoints
-    log_interval: int = 1  # iterations between writes to TensorBoard (histograms: every tenth write)
-    mode: Literal["train", "eval"] = "train"  # eval: run the run folder's policy, deterministically
-    eval_episodes: int = 100  # evaluation episodes per seed
-    video: bool = False  # in eval mode, film an episode of the first seed as mp4 and GIF
-    platform: Literal["auto", "cpu", "gpu"] = "auto"  # where updates run; rollouts stay on the CPU, beside environments
-    distributed: bool = False  # one of P processes started by mpirun or srun; each steps num_envs / P environments
+    env_id: str = "HalfCheetah-v4"
+    """environment of EnvPool or Gymnasium, or module:EnvId (module is imported first)"""
+    env_kwargs: str = "{}"
+    """keyword arguments of the environment's constructor, as JSON: '{"terrain": "hills"}'"""
+    seed: int = 1
+    """random seed; of several, the first"""
+    num_seeds: int = 1
+    """S, independent runs in this process, with seeds seed, seed + 1, ..."""
+    total_timesteps: int = 1_000_000
+    """environment steps per seed; whole rollouts, so rounded down"""
+    exp_name: str = "ppo"
+    """name of this experiment, a part of the run folder"""
+    run_dir: str = ""
+    """run folder; empty: runs/<script>/<env-id>/<exp-name>/seed<seed>"""
+    clobber: bool = False
+    """delete the run in the run folder and start afresh"""
+    checkpoint_interval: int = 50
+    """iterations between checkpoints"""
+    log_interval: int = 1
+    """iterations between writes to TensorBoard (histograms: every tenth write)"""
+    mode: Literal["train", "eval"] = "train"
+    """eval: run the run folder's policy, deterministically"""
+    eval_episodes: int = 100
+    """evaluation episodes per seed"""
+    eval_steps: int = 100_000
+    """steps after which an evaluation episode that does not end counts as it is"""
+    video: bool = False
+    """in eval mode, film an episode of the first seed as mp4 and GIF"""
+    platform: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
+    """where updates run; rollouts stay on the CPU, beside the environments"""
+    distributed: bool = False
+    """one of P processes started by mpirun or srun; each steps num_envs / P environments"""
+    vectorization: Literal["sync", "async"] = "sync"
+    """Gymnasium's environments one after another, or each in a process of its own"""
     # Rollout
-    num_envs: int = 1  # N, parallel environments per seed
-    num_steps: int = 2048  # T, steps per environment and rollout
-    gamma: float = 0.99  # discount factor
-    gae_lambda: float = 0.95  # GAE mixing: 0 is the one-step error, 1 the Monte Carlo return
-    norm_obs: bool = True  # normalise observations by their running mean and variance
-    norm_reward: bool = True  # divide rewards by the running standard deviation of the discounted return
-    clip_obs: float = 10.0  # bound on normalised observations (inf: off)
-    clip_reward: float = 10.0  # bound on scaled rewards (inf: off)
-    scale_actions: bool = True  # map actions in [-1, 1] to the environment's bounds, where it has some
+    num_envs: int = 1
+    """N, parallel environments per seed"""
+    num_steps: int = 2048
+    """T, steps per environment and rollout"""
+    gamma: float = 0.99
+    """discount factor"""
+    gae_lambda: float = 0.95
+    """GAE mixing: 0 is the one-step error, 1 the Monte Carlo return"""
+    norm_obs: bool = True
+    """normalise observations by their running mean and variance"""
+    norm_reward: bool = True
+    """divide rewards by the running standard deviation of the discounted return"""
+    clip_obs: float = 10.0
+    """bound on normalised observations (inf: off)"""
+    clip_reward: float = 10.0
+    """bound on scaled rewards (inf: off)"""
+    scale_actions: bool = True
+    """map actions in [-1, 1] to the environment's bounds, where it has some"""
     # Update
-    learning_rate: float = 3e-4  # Adam's step size
-    anneal_lr: bool = True  # learning rate linearly to zero over the run
-    adaptive_lr: bool = False  # after each epoch, learning rate times or over 1.5 towards desired_kl
-    num_minibatches: int = 32  # M, minibatches per epoch
-    update_epochs: int = 10  # E, passes over the rollout
-    objective: Literal["clip", "kl-penalty"] = "clip"  # clipped surrogate, or surrogate with adaptive KL penalty
-    clip_coef: float = 0.2  # epsilon, the bound on |ratio - 1|
-    anneal_clip: bool = False  # clip range linearly to zero over the run
-    clip_vloss: bool = True  # bound changes of the value by epsilon, too
-    norm_adv: bool = True  # normalise advantages in each minibatch
-    recompute_advantages: bool = False  # advantages and targets anew before each epoch, not once per rollout
-    ent_coef: float = 0.0  # weight of the entropy bonus
-    vf_coef: float = 0.5  # weight of the value loss
-    max_grad_norm: float = 0.5  # bound on the global gradient norm (inf: off)
-    target_kl: float | None = None  # no further epochs once one's mean approx_kl passes 1.5 times this
-    desired_kl: float = 0.01  # KL that the penalty's coefficient and the adaptive learning rate steer to
-    kl_coef: float = 1.0  # first coefficient of the KL penalty
-    kl_rule: tuple[float, float, float] = (2.0, 1.5, 0.667)  # its factor, above and below these times desired_kl
+    learning_rate: float = 3e-4
+    """Adam's step size"""
+    anneal_lr: bool = True
+    """learning rate linearly to zero over the run"""
+    adaptive_lr: bool = False
+    """after each epoch, learning rate times or over 1.5 towards desired_kl"""
+    num_minibatches: int = 32
+    """M, minibatches per epoch"""
+    update_epochs: int = 10
+    """E, passes over the rollout"""
+    objective: Literal["clip", "kl-penalty", "none"] = "clip"
+    """clipped surrogate; surrogate with adaptive KL penalty; the bare surrogate"""
+    clip_coef: float = 0.2
+    """epsilon, the bound on |ratio - 1|"""
+    anneal_clip: bool = False
+    """clip range linearly to zero over the run"""
+    clip_vloss: bool = True
+    """bound changes of the value by epsilon, too"""
+    norm_adv: bool = True
+    """normalise advantages in each minibatch"""
+    recompute_advantages: bool = False
+    """advantages and targets anew before each epoch, not once per rollout"""
+    ent_coef: float = 0.0
+    """weight of the entropy bonus"""
+    anneal_ent: bool = False
+    """weight of the entropy bonus linearly to zero over the run"""
+    vf_coef: float = 0.5
+    """weight of the value loss"""
+    l2_coef: float = 0.0
+    """weight of half the sum of the squared network weights"""
+    max_grad_norm: float = 0.5
+    """bound on the global gradient norm (inf: off)"""
+    target_kl: float | None = None
+    """no further epochs once one's mean approx_kl passes 1.5 times this"""
+    desired_kl: float = 0.01
+    """KL that the penalty's coefficient and the adaptive learning rate steer to"""
+    kl_coef: float = 1.0
+    """first coefficient of the KL penalty"""
+    kl_rule: tuple[float, float, float] = (2.0, 1.5, 0.667)
+    """its factor, applied above and below these times desired_kl (Heess et al.: 1.5 2 0.5)"""
+    kl_barrier: float = 0.0
+    """weight of max(0, KL - 2 desired_kl) squared in the kl-penalty (Heess et al.)"""
     # Network
-    hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers, actor and critic alike
-    activation: Literal["tanh", "relu", "elu", "silu"] = "tanh"  # nonlinearity of the hidden layers
-    ortho_init: bool = True  # orthogonal weights, gains sqrt 2 hidden, 0.01 policy, 1 value (otherwise LeCun normal)
-    log_std_init: float = 0.0  # logarithm of the policy's first standard deviation
-    state_dependent_std: bool = False  # log standard deviation from a network of its own, not a free parameter
+    hidden_sizes: tuple[int, ...] = (64, 64)
+    """widths of the hidden layers, actor and critic alike"""
+    activation: Literal["tanh", "relu", "elu", "silu"] = "tanh"
+    """nonlinearity of the hidden layers"""
+    ortho_init: bool = True
+    """orthogonal weights, gains sqrt 2 hidden, 0.01 policy, 1 value (off: LeCun normal)"""
+    log_std_init: float = 0.0
+    """logarithm of the policy's first standard deviation"""
+    state_dependent_std: bool = False
+    """log standard deviation from a network of its own, not a free parameter"""
+
+    @property
+    def rollout_size(self) -> int:
+        return self.num_envs * self.num_steps
+
+    @property
+    def minibatch_size(self) -> int:
+        return self.rollout_size // self.num_minibatches
 
     @property
     def num_iterations(self) -> int:
-        return self.total_timesteps // (self.num_envs * self.num_steps)
+        return self.total_timesteps // self.rollout_size
 
     @property
     def folder(self) -> Path:
-        name = f"seed{self.seed}" + (f"-{self.seed + self.num_seeds - 1}" if self.num_seeds > 1 else "")
-        return Path(self.run_dir or Path("runs", Path(__file__).stem, self.env_id, self.exp_name, name)).absolute()
+        if self.run_dir:
+            return Path(self.run_dir).resolve()
+        name = f"seed{self.seed}"
+        if self.num_seeds > 1:
+            name += f"-{self.seed + self.num_seeds - 1}"
+        return Path("runs", Path(__file__).stem, self.env_id, self.exp_name, name).resolve()
 
 
-def fail(message: str, code: int = 2) -> None:
-    """Ends the program with one line on stderr. Raises: SystemExit."""
-    print(f"{Path(__file__).name}: {message.splitlines()[0]}", file=sys.stderr)
-    sys.exit(code)
+def note(message: str) -> None:
+    """Prints a line on stderr, if anybody still listens there."""
+    with suppress(OSError, ValueError):
+        print(f"{Path(__file__).name}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+class Failure(SystemExit):
+    """What ends the program; main says why in one line, the last, when all else is closed."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(code)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Ends the program with one line on stderr. Raises: Failure."""
+    raise Failure(message, code)
+
+
+def flag(name: str) -> str:
+    """Returns a setting's name as it is typed."""
+    return f"--{name.replace('_', '-')}"
+
+
+def require_between(args: Args, names: str, low: float, high: float = math.inf) -> None:
+    """Stops with exit code 2 at the first of the settings that is not in [low, high]."""
+    for name in names.split():
+        value = getattr(args, name)
+        if not low <= value <= high:
+            wanted = f"{low} or more" if high == math.inf else f"{low} to {high}"
+            fail(f"{flag(name)} is {value}: give {wanted}")
+
+
+def require_positive(args: Args, names: str) -> None:
+    """Stops with exit code 2 at the first of the settings that is not above 0."""
+    for name in names.split():
+        value = getattr(args, name)
+        if not value > 0:
+            fail(f"{flag(name)} is {value}: give a number above 0")
+
+
+def require_finite(args: Args, names: str) -> None:
+    """Stops with exit code 2 at the first of the settings that is infinite or no number."""
+    for name in names.split():
+        value = getattr(args, name)
+        if not math.isfinite(value):
+            fail(f"{flag(name)} is {value}: give a finite number")
+
+
+def validate_run(args: Args) -> None:
+    """Stops with exit code 2 at a setting of the run that cannot work in any script."""
+    counts = "num_seeds total_timesteps checkpoint_interval log_interval eval_episodes eval_steps"
+    require_between(args, f"{counts} num_envs num_steps", 1, 2**31 - 1)
+    require_between(args, "seed", 0, 2**31 - args.num_seeds)
+    require_between(args, "gamma gae_lambda", 0, 1)
+    if not args.exp_name or args.exp_name.startswith("/") or ".." in Path(args.exp_name).parts:
+        fail(f"--exp-name {args.exp_name!r}: give a name without .. and without a leading slash")
+    if not all(size >= 1 for size in args.hidden_sizes):
+        fail(f"--hidden-sizes {args.hidden_sizes}: give widths of 1 or more")
+    if args.num_iterations < 1:
+        rollout_size = f"one rollout, --num-envs {args.num_envs} x --num-steps {args.num_steps}"
+        fail(f"--total-timesteps {args.total_timesteps} is below {rollout_size}: raise it")
+    read_env_kwargs(args)
+
+
+def read_env_kwargs(args: Args) -> dict:
+    """Returns --env-kwargs as a dict. Stops with exit code 2 if they are none."""
+    try:
+        found = json.loads(args.env_kwargs)
+    except ValueError as error:
+        fail(f"--env-kwargs {args.env_kwargs!r} is not JSON ({error}): give '{{\"name\": value}}'")
+    if not isinstance(found, dict):
+        fail(f"--env-kwargs {args.env_kwargs!r}: give '{{\"name\": value}}'")
+    return found
 
 
 def validate(args: Args) -> None:
-    """Stops with exit code 2 at the first setting that cannot work, naming its flag and the remedy."""
-    N, T, M, P, last = args.num_envs, args.num_steps, args.num_minibatches, jax.process_count(), 2**31 - args.num_seeds
-    any_sign = "seed gamma gae_lambda ent_coef vf_coef log_std_init".split()
-    for name in [k for k, v in asdict(args).items() if type(v) in (int, float) and k not in any_sign and not v > 0]:
-        fail(f"--{name.replace('_', '-')} is {getattr(args, name)}: give a number above 0")
-    fine = {
-        f"--num-envs {N} does not divide among {P} processes: give a multiple of that": N % P == 0,
-        f"--num-minibatches {M} x {P} processes does not divide --num-envs {N} x --num-steps {T}": N * T % (M * P) == 0,
-        f"--total-timesteps {args.total_timesteps} is below one rollout of {N * T}: raise it": args.num_iterations > 0,
-        f"--gamma {args.gamma}: give 0 to 1": 0 <= args.gamma <= 1,
-        f"--gae-lambda {args.gae_lambda}: give 0 to 1": 0 <= args.gae_lambda <= 1,
-        f"--seed {args.seed} is out of range: give 0 to {last}": 0 <= args.seed <= last,
-        "--adaptive-lr contradicts --anneal-lr: add --no-anneal-lr": not (args.adaptive_lr and args.anneal_lr),
-    }
-    if not all(fine.values()):
-        fail(min(fine, key=fine.get))
+    """Stops with exit code 2 at the first setting that cannot work, naming flag and remedy."""
+    validate_run(args)
+    require_positive(args, "clip_obs clip_reward learning_rate clip_coef max_grad_norm")
+    require_positive(args, "desired_kl kl_coef")
+    require_between(args, "num_minibatches update_epochs", 1, 2**31 - 1)
+    require_between(args, "ent_coef vf_coef l2_coef kl_barrier", 0)
+    require_finite(args, "learning_rate clip_coef ent_coef vf_coef l2_coef desired_kl kl_coef")
+    require_finite(args, "kl_barrier log_std_init")
+    if args.rollout_size % args.num_minibatches:
+        size = f"--num-envs {args.num_envs} x --num-steps {args.num_steps}"
+        fail(f"--num-minibatches {args.num_minibatches} does not divide {size}")
+    if args.norm_adv and args.minibatch_size < 2:
+        fail(
+            f"--num-minibatches {args.num_minibatches} leaves one row in each, whose normalised"
+            " advantage is always 0: give fewer, or --no-norm-adv"
+        )
+    if args.adaptive_lr and args.anneal_lr:
+        fail("--adaptive-lr contradicts --anneal-lr: add --no-anneal-lr")
+    if args.target_kl is not None:
+        require_positive(args, "target_kl")
+        require_finite(args, "target_kl")
+    factor, above, below = args.kl_rule
+    if not (1 <= factor < math.inf and 0 < below <= above < math.inf):
+        fail(f"--kl-rule {args.kl_rule}: give a factor of 1 or more, then above >= below > 0")
+    if args.kl_barrier and args.objective != "kl-penalty":
+        fail("--kl-barrier belongs to --objective kl-penalty: add that, or leave it out")
 
 
 # --- State ---
@@ -148,13 +331,13 @@ class RunningStats(NamedTuple):  # of one leaf of the observations, or of the di
 
 
 class Transition(NamedTuple):  # one step; a rollout stacks T of them: [T, N, ...]
-    obs: Any  # raw; of a whole rollout [T + 1, N, K, ...]: obs[t + 1] is the true next observation
+    obs: Any  # raw; of a rollout [T + 1, N, K, ...]: obs[t + 1] is the true next observation
     action: Array  # [T, N, U], as sampled, before the environment's bounds
     reward: Array  # raw
     terminated: Array  # 1: no value beyond this step
     done: Array  # 1: terminated or truncated
     mask: Array  # 0: the environment reset itself on this step, which is not experience
-    episodic_return: Array  # real and unclipped, so far: the whole episode's where done and mask are 1
+    episodic_return: Array  # real and unclipped, so far: the whole episode's where done is 1
     episodic_length: Array
     discounted_return: Array  # of raw rewards, so far: what scales rewards
 
@@ -167,14 +350,17 @@ class Batch(NamedTuple):  # what the loss sees, [T*N*K, ...]; a minibatch is [B,
     value: Array  # before the update
     advantage: Array
     target: Array
-    mask: Array
+    mask: Array  # in a minibatch a weight of mean 1
 
 
-class Schedule(NamedTuple):  # traced, so that changing them compiles nothing anew
+class Schedule(NamedTuple):  # numbers that change, or are swept: traced, so nothing recompiles
     learning_rate: Array
     clip_coef: Array
     ent_coef: Array
+    vf_coef: Array
     kl_coef: Array
+    gamma: Array
+    gae_lambda: Array
 
 
 class LearnerState(NamedTuple):  # what a checkpoint holds
@@ -182,69 +368,97 @@ class LearnerState(NamedTuple):  # what a checkpoint holds
     opt_state: Any
     obs_stats: Any  # like one observation, RunningStats for leaves
     return_stats: RunningStats
-    schedule: Schedule
+    schedule: Schedule  # as given; annealing leaves it alone
     key: Array  # [2], of the whole run; each iteration's keys are folded from it
     iteration: Array  # []
     episodes: Array  # [], ended so far
-    returns: Array  # [100], the last training episodes', nan where there are fewer
+    returns: Array  # [100], of the last training episodes, the newest last; 0 before the first
 
 
 # --- Networks ---
 def mlp(obs: Any, out_size: int, out_gain: float, name: str, args: Args) -> Array:
-    """Returns what dense layers make of observations, any pytree of [B, ...], flattened side by side: [B, out_size]."""
-    init = nn.initializers.orthogonal if args.ortho_init else lambda gain: nn.initializers.lecun_normal()
-    x = jnp.concatenate([x.reshape(len(x), -1) for x in jax.tree.leaves(obs)], axis=-1)
+    """Returns what dense layers make of observations: [B, out_size].
+
+    Args:
+        obs: any pytree of [B, ...]; its leaves are flattened and laid side by side.
+        out_gain: gain of the last layer's orthogonal weights.
+        name: of the layers, as parameters: name_0, name_1, ...
+    """
+    leaves = [leaf.reshape(len(leaf), -1) for leaf in jax.tree.leaves(obs)]
+    x = jnp.concatenate(leaves, axis=-1)
+    activation = getattr(nn, args.activation)
     for i, size in enumerate(args.hidden_sizes):
-        x = getattr(nn, args.activation)(nn.Dense(size, kernel_init=init(2**0.5), name=f"{name}_{i}")(x))
-    return nn.Dense(out_size, kernel_init=init(out_gain), name=f"{name}_{len(args.hidden_sizes)}")(x)
+        x = nn.Dense(size, kernel_init=kernel_init(2**0.5, args), name=f"{name}_{i}")(x)
+        x = activation(x)
+    last = f"{name}_{len(args.hidden_sizes)}"
+    return nn.Dense(out_size, kernel_init=kernel_init(out_gain, args), name=last)(x)
 
 
-class ActorCritic(nn.Module):  # separate networks; of its outputs, the compiler leaves out what is not used
-    action_space: Any
+def kernel_init(gain: float, args: Args) -> nn.initializers.Initializer:
+    """Returns the initialiser of a layer's weights."""
+    if args.ortho_init:
+        return nn.initializers.orthogonal(gain)
+    return nn.initializers.lecun_normal()
+
+
+class ActorCritic(nn.Module):
+    """Separate networks for policy and value; the compiler leaves out what a caller drops."""
+
+    action_space: spaces.Box
     args: Args
 
     @nn.compact
     def __call__(self, obs: Any) -> tuple["Gaussian", Array]:
-        size = int(np.prod(self.action_space.shape))
-        mean, value = mlp(obs, size, 0.01, "mean", self.args), mlp(obs, 1, 1.0, "critic", self.args)[:, 0]
-        free = lambda: self.param("log_std", nn.initializers.zeros, (size,), jnp.float32)  # noqa: E731
-        log_std = mlp(obs, size, 0.01, "log_std", self.args) if self.args.state_dependent_std else free()
-        return Gaussian(mean=mean, log_std=jnp.broadcast_to(log_std + self.args.log_std_init, mean.shape)), value
+        """Returns the policy, leaves [B, U], and values [B], for observations [B, ...]."""
+        action_size = math.prod(self.action_space.shape)
+        mean = mlp(obs, action_size, 0.01, "mean", self.args)
+        value = mlp(obs, 1, 1.0, "critic", self.args)[:, 0]
+        if self.args.state_dependent_std:
+            log_std = mlp(obs, action_size, 0.01, "log_std", self.args)
+        else:
+            log_std = self.param("log_std", nn.initializers.zeros, (action_size,), jnp.float32)
+        log_std = jnp.broadcast_to(log_std + self.args.log_std_init, mean.shape)
+        return Gaussian(mean=mean, log_std=log_std), value
 
 
 # --- Distribution ---
+LOG_2_PI = math.log(2 * math.pi)
+
+
 class Gaussian(NamedTuple):  # diagonal, leaves [..., U]
     mean: Array
     log_std: Array
 
 
 def sample_action(policy: Gaussian, noise: Array) -> Array:
-    """Returns actions [..., U] from standard normal noise [..., U]; noise 0 gives the deterministic action."""
+    """Returns actions [..., U] from standard normal noise [..., U]; noise 0 gives the mean."""
     return policy.mean + jnp.exp(policy.log_std) * noise
 
 
 def log_prob(policy: Gaussian, action: Array) -> Array:
     """Returns the log density [...] of actions [..., U]."""
-    scaled = (action - policy.mean) * jnp.exp(-policy.log_std)
-    return jnp.sum(-0.5 * jnp.square(scaled) - policy.log_std - 0.5 * np.log(2 * np.pi).item(), axis=-1)
+    noise = (action - policy.mean) * jnp.exp(-policy.log_std)
+    return jnp.sum(-0.5 * jnp.square(noise) - policy.log_std - 0.5 * LOG_2_PI, axis=-1)
 
 
 def entropy(policy: Gaussian) -> Array:
     """Returns the differential entropy [...] in nats."""
-    return jnp.sum(policy.log_std + 0.5 * np.log(2 * np.pi * np.e).item(), axis=-1)
+    return jnp.sum(policy.log_std + 0.5 * (1 + LOG_2_PI), axis=-1)
 
 
 def kl(old: Gaussian, new: Gaussian) -> Array:
     """Returns KL(old || new) [...] in nats, exactly."""
-    shift, ratio = (old.mean - new.mean) * jnp.exp(-new.log_std), old.log_std - new.log_std
-    return jnp.sum(0.5 * (jnp.exp(2 * ratio) + jnp.square(shift) - 1) - ratio, axis=-1)
+    shift = (old.mean - new.mean) * jnp.exp(-new.log_std)
+    log_ratio = old.log_std - new.log_std
+    return jnp.sum(0.5 * (jnp.exp(2 * log_ratio) + jnp.square(shift) - 1) - log_ratio, axis=-1)
 
 
 # --- Statistics ---
 def masked_mean(x: Array, mask: Array) -> Array:
-    """Returns the mean of x [*mask.shape, ...] over mask's axes where mask is 1; 0 where it is 1 nowhere."""
+    """Returns the mean of x [*mask.shape, ...] where mask is 1; 0 where it is 1 nowhere."""
     weight = mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
-    return jnp.sum(x * weight, axis=tuple(range(mask.ndim))) / jnp.maximum(jnp.sum(mask), 1)
+    axes = tuple(range(mask.ndim))
+    return jnp.sum(x * weight, axis=axes) / jnp.maximum(jnp.sum(mask), 1)
 
 
 def masked_var(x: Array, mask: Array) -> Array:
@@ -253,11 +467,20 @@ def masked_var(x: Array, mask: Array) -> Array:
 
 
 def update_stats(x: Array, stats: RunningStats, mask: Array) -> RunningStats:
-    """Returns statistics that also hold x [T, N, ...] where mask [T, N] is 1. Source: Chan et al. 1979, eq. 2.1."""
+    """Returns statistics that also hold x [T, N, ...] where mask [T, N] is 1.
+
+    Source: Chan et al. 1979, eq. 2.1.
+    """
     count = jnp.sum(mask)
-    total, shift = stats.count + count, masked_mean(x, mask) - stats.mean
-    var = stats.var * stats.count + masked_var(x, mask) * count + jnp.square(shift) * stats.count * count / total
-    return RunningStats(mean=stats.mean + shift * count / total, var=var / total, count=total)
+    total = stats.count + count
+    shift = masked_mean(x, mask) - stats.mean
+    between = jnp.square(shift) * stats.count * count / total
+    squares = stats.var * stats.count + masked_var(x, mask) * count + between
+    return RunningStats(
+        mean=stats.mean + shift * count / total,
+        var=squares / total,
+        count=total,
+    )
 
 
 def normalize(x: Array, stats: RunningStats, bound: float) -> Array:
@@ -265,485 +488,1857 @@ def normalize(x: Array, stats: RunningStats, bound: float) -> Array:
     return jnp.clip((x - stats.mean) / jnp.sqrt(stats.var + 1e-8), -bound, bound)
 
 
+def explained_variance(value: Array, target: Array, mask: Array) -> Array:
+    """Returns 1 - Var(target - value) / Var(target) over what mask has as 1; all one shape."""
+    return 1 - masked_var(target - value, mask) / jnp.maximum(masked_var(target, mask), 1e-8)
+
+
 # --- Advantages and losses ---
-def compute_gae(transition: Transition, value: Array, gamma: float, gae_lambda: float) -> tuple[Array, Array]:
-    """Returns advantages and targets [T, N]; value is [T + 1, N], V(s_0) to V(s_T). Source: arXiv 1506.02438, (16)."""
+def compute_gae(
+    transition: Transition, value: Array, gamma: Array, gae_lambda: Array
+) -> tuple[Array, Array]:
+    """Returns advantages and value targets, both [T, N].
+
+    Runs backwards over T: delta_t = r_t + gamma * V(s_{t+1}) * (1 - terminated_t) - V(s_t),
+    A_t = delta_t + gamma * gae_lambda * (1 - done_t) * A_{t+1}. A truncated step bootstraps from
+    its true last observation, a terminated one does not; both end the sum. Steps with mask 0 get
+    values that nothing may read.
+
+    Args:
+        transition: fields [T, N].
+        value: V(s_0) to V(s_T), [T + 1, N].
+        gamma, gae_lambda: in [0, 1].
+
+    Source: arXiv 1506.02438, eq. 16.
+    """
 
     def step(next_advantage: Array, t: tuple) -> tuple[Array, Array]:
         reward, terminated, done, value, next_value = t
-        delta = reward + gamma * next_value * (1 - terminated) - value  # truncated: its last observation's value counts
+        delta = reward + gamma * next_value * (1 - terminated) - value
         advantage = delta + gamma * gae_lambda * (1 - done) * next_advantage
         return advantage, advantage
 
+    last = jnp.zeros_like(value[0])
     steps = (transition.reward, transition.terminated, transition.done, value[:-1], value[1:])
-    _, advantage = jax.lax.scan(step, jnp.zeros_like(value[0]), steps, reverse=True, unroll=16)
+    _, advantage = jax.lax.scan(step, last, steps, reverse=True, unroll=16)
     return advantage, advantage + value[:-1]
 
 
-def ppo_loss(params: Any, batch: Batch, schedule: Schedule, network: nn.Module, args: Args) -> tuple[Array, dict]:
-    """Returns loss and metrics, scalars; the mask is a weight of mean 1 here. Source: arXiv 1707.06347, eq. 7, 8."""
+def ppo_loss(
+    params: Any, batch: Batch, schedule: Schedule, network: nn.Module, args: Args
+) -> tuple[Array, dict[str, Array]]:
+    """Returns the loss of a minibatch [B, ...], a scalar, and metrics, scalars.
+
+    Source: arXiv 1707.06347, eq. 7 and 8; value clipping: baselines' ppo2; L2: 2005.12729's code.
+    """
     policy, value = network.apply(params, batch.obs)
     log_ratio = log_prob(policy, batch.action) - batch.log_prob
-    ratio, kl_div, clip_coef = jnp.exp(log_ratio), kl(batch.policy, policy), schedule.clip_coef
+    ratio = jnp.exp(log_ratio)
+    kl_divergence = kl(batch.policy, policy)
+    clip_coef = schedule.clip_coef
+
     policy_loss = -batch.advantage * ratio
     if args.objective == "clip":
-        policy_loss = jnp.maximum(policy_loss, -batch.advantage * jnp.clip(ratio, 1 - clip_coef, 1 + clip_coef))
-    else:
-        policy_loss += schedule.kl_coef * kl_div
+        clipped_ratio = jnp.clip(ratio, 1 - clip_coef, 1 + clip_coef)
+        policy_loss = jnp.maximum(policy_loss, -batch.advantage * clipped_ratio)
+    if args.objective == "kl-penalty":
+        kl_coef = schedule.kl_coef
+        if args.kl_barrier:
+            kl_coef += barrier_coef(jnp.mean(kl_divergence * batch.mask), args)
+        policy_loss += kl_coef * kl_divergence
+
     value_loss = jnp.square(value - batch.target)
     if args.clip_vloss:
-        clipped = batch.value + jnp.clip(value - batch.value, -clip_coef, clip_coef)
-        value_loss = jnp.maximum(value_loss, jnp.square(clipped - batch.target))
-    samples = {"policy_loss": policy_loss, "value_loss": 0.5 * value_loss, "entropy": entropy(policy)}
-    samples |= {"approx_kl": ratio - 1 - log_ratio, "kl": kl_div, "clipfrac": jnp.abs(ratio - 1) > clip_coef}
+        clipped_value = batch.value + jnp.clip(value - batch.value, -clip_coef, clip_coef)
+        value_loss = jnp.maximum(value_loss, jnp.square(clipped_value - batch.target))
+
+    samples = {
+        "policy_loss": policy_loss,
+        "value_loss": 0.5 * value_loss,
+        "entropy": entropy(policy),
+        "approx_kl": ratio - 1 - log_ratio,
+        "kl": kl_divergence,
+        "clipfrac": jnp.abs(ratio - 1) > clip_coef,
+    }
     mean = jax.tree.map(lambda x: jnp.mean(x * batch.mask), samples)
-    return mean["policy_loss"] + args.vf_coef * mean["value_loss"] - schedule.ent_coef * mean["entropy"], mean
+    loss = mean["policy_loss"] + schedule.vf_coef * mean["value_loss"]
+    loss -= schedule.ent_coef * mean["entropy"]
+    if args.l2_coef:
+        loss += args.l2_coef * sum_of_squares(params) / 2
+    return loss, mean
+
+
+def barrier_coef(kl_divergence: Array, args: Args) -> Array:
+    """Returns what a quadratic barrier adds to the coefficient of the minibatch's mean KL.
+
+    The gradient of kl_barrier * max(0, KL - 2 * desired_kl)^2 is that of KL times this.
+    Source: Heess et al. 2017, arXiv 1707.02286, algorithm 2.
+    """
+    excess = average_over_processes(kl_divergence, args) - 2 * args.desired_kl
+    return jax.lax.stop_gradient(2 * args.kl_barrier * jnp.maximum(excess, 0))
+
+
+def sum_of_squares(params: Any) -> Array:
+    """Returns the sum of the squared weights of all layers, biases and log_std left out."""
+    return sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(params) if x.ndim > 1)
 
 
 # --- Update ---
 def make_optimizer(args: Args) -> optax.GradientTransformation:
-    """Returns Adam behind a bound on the global gradient norm, without the step size, which is traced."""
-    return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.scale_by_adam(eps=1e-5))
+    """Returns Adam behind a bound on the global gradient norm; its step size is traced."""
+    return optax.chain(
+        optax.clip_by_global_norm(args.max_grad_norm),
+        optax.scale_by_adam(eps=1e-5),
+    )
 
 
-def minibatch_step(learner: LearnerState, batch: Batch, network: nn.Module, args: Args) -> tuple[LearnerState, dict]:
-    """Returns the learner after one gradient step on a minibatch [B, ...]. Of P processes, each takes its P-th part."""
+def own_share(batch: Any, args: Args) -> Any:
+    """Returns the rows of a minibatch [B, ...] that are this process's: the P-th part."""
+    if not args.distributed:
+        return batch
+    processes = jax.lax.axis_size("process")
+    process = jax.lax.axis_index("process")
+    return jax.tree.map(lambda x: x.reshape(processes, -1, *x.shape[1:])[process], batch)
+
+
+def average_over_processes(tree: Any, args: Args) -> Any:
+    """Returns a pytree whose leaves are the means over all processes."""
+    if not args.distributed:
+        return tree
+    flat, unravel = ravel_pytree(tree)  # one collective costs as much as one of its leaves would
+    return unravel(jax.lax.pmean(flat, "process"))
+
+
+def normalize_advantages(batch: Batch) -> Batch:
+    """Returns a minibatch whose advantages have mean 0 and standard deviation 1."""
+    centred = batch.advantage - jnp.mean(batch.advantage * batch.mask)
+    std = jnp.sqrt(jnp.mean(jnp.square(centred) * batch.mask))
+    return batch._replace(advantage=centred / (std + 1e-8))
+
+
+def minibatch_step(
+    learner: LearnerState, batch: Batch, network: nn.Module, args: Args
+) -> tuple[LearnerState, dict[str, Array]]:
+    """Returns the learner after one gradient step on a minibatch [B, ...], and metrics."""
+    # As a weight of mean 1, the mask makes means over all rows means over experience
     batch = batch._replace(mask=batch.mask / jnp.maximum(jnp.mean(batch.mask), 1e-8))
     if args.norm_adv:
-        centred = batch.advantage - jnp.mean(batch.advantage * batch.mask)
-        std = jnp.sqrt(jnp.mean(jnp.square(centred) * batch.mask))
-        batch = batch._replace(advantage=centred / (std + 1e-8))
-    if args.distributed:
-        processes, process = jax.lax.axis_size("process"), jax.lax.axis_index("process")
-        batch = jax.tree.map(lambda x: x.reshape(processes, -1, *x.shape[1:])[process], batch)
-    grads, metrics = jax.grad(ppo_loss, has_aux=True)(learner.params, batch, learner.schedule, network, args)
-    if args.distributed:
-        flat, unravel = ravel_pytree((grads, metrics))  # one collective costs as much as one of its leaves would
-        grads, metrics = unravel(jax.lax.pmean(flat, "process"))
-    direction, opt_state = make_optimizer(args).update(grads, learner.opt_state, learner.params)
-    params = jax.tree.map(lambda p, d: p - learner.schedule.learning_rate * d, learner.params, direction)
+        batch = normalize_advantages(batch)
+    batch = own_share(batch, args)
+    gradient = jax.grad(ppo_loss, has_aux=True)
+    grads, metrics = gradient(learner.params, batch, learner.schedule, network, args)
+    grads, metrics = average_over_processes((grads, metrics), args)
+    optimizer = make_optimizer(args)
+    direction, opt_state = optimizer.update(grads, learner.opt_state, learner.params)
+    rate = learner.schedule.learning_rate
+    params = jax.tree.map(lambda p, d: p - rate * d, learner.params, direction)
     return learner._replace(params=params, opt_state=opt_state), metrics
 
 
-def epoch_step(carry: tuple, shuffle_key: Array, data: tuple, network: nn.Module, args: Args) -> tuple[tuple, dict]:
-    """Returns (learner, stop) after one pass over the rollout in M random minibatches, and the pass's mean metrics."""
-    (learner, stop), (batch, obs, transition) = carry, data
+class Epochs(NamedTuple):  # the carry of the scan over epochs
+    learner: LearnerState
+    stopped: Array  # [], whether target_kl has ended this iteration's epochs
+
+
+def epoch_step(
+    epochs: Epochs,
+    shuffle_key: Array,
+    batch: Batch,
+    rollout: Transition,
+    network: nn.Module,
+    args: Args,
+) -> tuple[Epochs, dict[str, Array]]:
+    """Returns the carry after one pass over the rollout in M random minibatches, and metrics.
+
+    Args:
+        batch: of the whole rollout, [T*N*K, ...].
+        rollout: normalised, for advantages that are recomputed.
+    """
+    learner = epochs.learner
     if args.recompute_advantages:
-        advantage, target, _ = advantages(learner.params, obs, transition, network, args)
+        advantage, target, _ = estimate_advantages(learner, rollout, network, args)
         batch = batch._replace(advantage=advantage, target=target)
-    order = jax.random.permutation(shuffle_key, batch.mask.shape[0]).reshape(args.num_minibatches, -1)
+
+    order = jax.random.permutation(shuffle_key, len(batch.mask))
+    order = order.reshape(args.num_minibatches, -1)
     minibatches = jax.tree.map(lambda x: x[order], batch)  # [M, B, ...]
-    new, metrics = jax.lax.scan(partial(minibatch_step, network=network, args=args), learner, minibatches)
-    metrics = jax.tree.map(jnp.mean, metrics) | {"epochs": 1 - stop.astype(batch.mask.dtype)}
-    if args.adaptive_lr:  # Source: rl_games and RSL-RL
-        rate = new.schedule.learning_rate * steer(metrics["kl"], args.desired_kl, 1 / 1.5, 2, 0.5)
-        new = new._replace(schedule=new.schedule._replace(learning_rate=jnp.clip(rate, 1e-6, 1e-2)))
+    step = partial(minibatch_step, network=network, args=args)
+    new, metrics = jax.lax.scan(step, learner, minibatches)
+    metrics = jax.tree.map(jnp.mean, metrics)
+    metrics["ran"] = 1 - epochs.stopped.astype(batch.mask.dtype)
+
+    if args.adaptive_lr:
+        new = new._replace(schedule=steer_learning_rate(new.schedule, metrics["kl"], args))
+    stopped = epochs.stopped
     if args.target_kl is not None:
-        new = jax.tree.map(partial(jnp.where, stop), learner, new)
-        stop |= metrics["approx_kl"] > 1.5 * args.target_kl
-    return (new, stop), metrics
+        new = jax.tree.map(partial(jnp.where, stopped), learner, new)
+        stopped |= metrics["approx_kl"] > 1.5 * args.target_kl
+    return Epochs(learner=new, stopped=stopped), metrics
 
 
-def steer(kl_div: Array, desired: float, factor: float, above: float, below: float) -> Array:
-    """Returns factor where the KL is more than `above` times the desired one, 1 / factor where less than `below`."""
-    return jnp.where(kl_div > above * desired, factor, jnp.where(kl_div < below * desired, 1 / factor, 1))
+def steer(divergence: Array, desired: float, factor: float, above: float, below: float) -> Array:
+    """Returns factor where the KL is above `above` times the desired one, 1 / factor below."""
+    shrink = jnp.where(divergence < below * desired, 1 / factor, 1)
+    return jnp.where(divergence > above * desired, factor, shrink)
 
 
-def advantages(params: Any, obs: Any, transition: Transition, network: nn.Module, args: Args) -> tuple:
-    """Returns advantages, targets, values, each [T*N*K]; copies have the original's, and values of their own."""
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), obs)
-    value = network.apply(params, flat)[1].reshape(jax.tree.leaves(obs)[0].shape[:3])  # [T + 1, N, K]
-    both = compute_gae(transition, value[:, :, 0], args.gamma, args.gae_lambda)
-    return *(jnp.repeat(x, value.shape[2]) for x in both), value[:-1].reshape(-1)
+def steer_learning_rate(schedule: Schedule, divergence: Array, args: Args) -> Schedule:
+    """Returns the schedule after an epoch with that mean KL. Source: rl_games and RSL-RL."""
+    factor = steer(divergence, args.desired_kl, 1 / 1.5, 2, 0.5)
+    rate = jnp.clip(schedule.learning_rate * factor, 1e-6, 1e-2)
+    return schedule._replace(learning_rate=rate)
 
 
-def update(learner: LearnerState, transition: Transition, network: nn.Module, args: Args) -> tuple[LearnerState, dict]:
-    """Returns the learner after E epochs over a rollout [T, N, ...] (obs [T + 1, N, K, ...]), and metrics, scalars."""
-    if args.distributed:  # everybody sees the whole rollout, so that P processes compute exactly what one does
-        transition = jax.lax.all_gather(transition, "process", axis=1, tiled=True)
-    obs = jax.tree.map(partial(normalize, bound=args.clip_obs), transition.obs, learner.obs_stats)
-    obs_stats, return_stats, given = learner.obs_stats, learner.return_stats, learner.schedule
+def estimate_advantages(
+    learner: LearnerState, rollout: Transition, network: nn.Module, args: Args
+) -> tuple[Array, Array, Array]:
+    """Returns advantages, targets and values, each [T*N*K].
+
+    Copies of an observation have the original's advantage and target, and values of their own.
+    """
+    axes = jax.tree.leaves(rollout.obs)[0].shape[:3]  # T + 1, N, K
+    flat_obs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), rollout.obs)
+    _, value = network.apply(learner.params, flat_obs)
+    value = value.reshape(axes)
+    schedule = learner.schedule
+    advantage, target = compute_gae(rollout, value[:, :, 0], schedule.gamma, schedule.gae_lambda)
+    copies = axes[2]
+    return jnp.repeat(advantage, copies), jnp.repeat(target, copies), value[:-1].reshape(-1)
+
+
+def update_statistics(
+    learner: LearnerState, rollout: Transition, args: Args
+) -> tuple[Any, RunningStats]:
+    """Returns the statistics of observations and of returns that also hold a raw rollout."""
+    obs_stats = learner.obs_stats
+    return_stats = learner.return_stats
     if args.norm_obs:
-        obs_stats = jax.tree.map(lambda x, s: update_stats(x[:-1, :, 0], s, transition.mask), transition.obs, obs_stats)
+        original = jax.tree.map(lambda x: x[:-1, :, 0], rollout.obs)  # of an observation's copies
+        update_leaf = partial(update_stats, mask=rollout.mask)
+        obs_stats = jax.tree.map(update_leaf, original, obs_stats)
     if args.norm_reward:
-        return_stats = update_stats(transition.discounted_return, return_stats, transition.mask)
+        return_stats = update_stats(rollout.discounted_return, return_stats, rollout.mask)
+    return obs_stats, return_stats
+
+
+def make_batch(learner: LearnerState, rollout: Transition, network: nn.Module, args: Args) -> Batch:
+    """Returns what the losses see of a normalised rollout: leaves [T*N*K, ...]."""
+    copies = jax.tree.leaves(rollout.obs)[0].shape[2]
+    obs = jax.tree.map(lambda x: x[:-1].reshape(-1, *x.shape[3:]), rollout.obs)
+    action = rollout.action.reshape(-1, rollout.action.shape[-1])
+    action = jnp.repeat(action, copies, axis=0)
+    policy, _ = network.apply(learner.params, obs)
+    advantage, target, value = estimate_advantages(learner, rollout, network, args)
+    return Batch(
+        obs=obs,
+        action=action,
+        policy=policy,
+        log_prob=log_prob(policy, action),
+        value=value,
+        advantage=advantage,
+        target=target,
+        mask=jnp.repeat(rollout.mask.reshape(-1), copies),
+    )
+
+
+def anneal(learner: LearnerState, args: Args) -> Schedule:
+    """Returns this iteration's schedule: what is annealed goes linearly to 0 over the run."""
+
+    def left(x: Array) -> Array:
+        return x - x * learner.iteration / args.num_iterations
+
+    schedule = learner.schedule
+    if args.anneal_lr:
+        schedule = schedule._replace(learning_rate=left(schedule.learning_rate))
+    if args.anneal_clip:
+        schedule = schedule._replace(clip_coef=left(schedule.clip_coef))
+    if args.anneal_ent:
+        schedule = schedule._replace(ent_coef=left(schedule.ent_coef))
+    return schedule
+
+
+def count_episodes(
+    learner: LearnerState, rollout: Transition
+) -> tuple[LearnerState, dict[str, Array]]:
+    """Returns the learner with the episodes that ended in a rollout counted, and metrics."""
+    ended = rollout.done * rollout.mask  # [T, N]
+    any_ended = jnp.any(ended)
+    mean_return = masked_mean(rollout.episodic_return, ended)
+    mean_length = masked_mean(rollout.episodic_length, ended)
+
+    size = len(learner.returns)
+    known = jnp.arange(size) >= size - learner.episodes
+    known = jnp.concatenate([known, ended.ravel() > 0])
+    returns = jnp.concatenate([learner.returns, rollout.episodic_return.ravel()])
+    last = jnp.argsort(known, stable=True)[-size:]
+    known = known[last].astype(returns.dtype)
+    returns = jnp.where(known > 0, returns[last], 0)
+    episodes = learner.episodes + jnp.sum(ended).astype(learner.episodes.dtype)
+
+    metrics = {
+        "charts/episodic_return": jnp.where(any_ended, mean_return, jnp.nan),
+        "charts/episodic_length": jnp.where(any_ended, mean_length, jnp.nan),
+        "charts/episodic_return_100": jnp.where(episodes, masked_mean(returns, known), jnp.nan),
+    }
+    return learner._replace(episodes=episodes, returns=returns), metrics
+
+
+def update(
+    learner: LearnerState, rollout: Transition, network: nn.Module, args: Args
+) -> tuple[LearnerState, dict[str, Array]]:
+    """Returns the learner after E epochs over a rollout, and metrics, scalars.
+
+    Args:
+        rollout: leaves [T, N, ...], observations [T + 1, N, K, ...], as the environment gave them.
+    """
+    if args.distributed:  # everybody sees the whole rollout: P processes compute what one does
+        rollout = jax.lax.all_gather(rollout, "process", axis=1, tiled=True)
+
+    # The policy acted on observations scaled by the old statistics; rewards take the new ones
+    obs_stats, return_stats = update_statistics(learner, rollout, args)
+    obs = jax.tree.map(partial(normalize, bound=args.clip_obs), rollout.obs, learner.obs_stats)
     scale = return_stats._replace(mean=jnp.zeros_like(return_stats.mean))
-    transition = transition._replace(reward=normalize(transition.reward, scale, args.clip_reward))
-    flat_obs = jax.tree.map(lambda x: x[:-1].reshape(-1, *x.shape[3:]), obs)  # [T*N*K, ...]
-    policy, _ = network.apply(learner.params, flat_obs)
-    advantage, target, value = advantages(learner.params, obs, transition, network, args)
-    copy = partial(jnp.repeat, repeats=jax.tree.leaves(obs)[0].shape[2], axis=0)
-    action, mask = (copy(x.reshape(-1, *x.shape[2:])) for x in (transition.action, transition.mask))
-    batch = Batch(flat_obs, action, policy, log_prob(policy, action), value, advantage, target, mask)
-    anneal = lambda x, on: x - x * learner.iteration / args.num_iterations * on  # noqa: E731
-    rate, clip = anneal(given.learning_rate, args.anneal_lr), anneal(given.clip_coef, args.anneal_clip)
-    schedule = given._replace(learning_rate=rate, clip_coef=clip)
-    keys = jax.random.split(jax.random.fold_in(learner.key, 2 * learner.iteration + 1), args.update_epochs)
-    step = partial(epoch_step, data=(batch, obs, transition), network=network, args=args)
-    (learner, _), metrics = jax.lax.scan(step, (learner._replace(schedule=schedule), jnp.array(False)), keys)
-    epochs = metrics.pop("epochs")  # [E], 0 after an early stop
-    metrics = {f"losses/{name}": masked_mean(x, epochs) for name, x in metrics.items()}
-    explained = 1 - masked_var(target - value, mask) / jnp.maximum(masked_var(target, mask), 1e-8)
-    metrics |= {"losses/explained_variance": explained, "charts/learning_rate": learner.schedule.learning_rate}
-    metrics |= {"policy/std": jnp.mean(jnp.exp(policy.log_std)), "policy/param_norm": optax.tree.norm(learner.params)}
-    metrics |= {"policy/kl_coef": given.kl_coef, "policy/epochs": jnp.sum(epochs)}
+    reward = normalize(rollout.reward, scale, args.clip_reward)
+    scaled = rollout._replace(obs=obs, reward=reward)
+
+    given = learner.schedule
+    learner = learner._replace(schedule=anneal(learner, args))
+    batch = make_batch(learner, scaled, network, args)
+
+    key = jax.random.fold_in(learner.key, 2 * learner.iteration + 1)
+    shuffle_keys = jax.random.split(key, args.update_epochs)
+    step = partial(epoch_step, batch=batch, rollout=scaled, network=network, args=args)
+    epochs = Epochs(learner=learner, stopped=jnp.array(False))
+    (learner, _), seen = jax.lax.scan(step, epochs, shuffle_keys)
+
+    ran = seen.pop("ran")  # [E], 0 after an early stop
+    metrics = {f"losses/{name}": masked_mean(x, ran) for name, x in seen.items()}
+    metrics["losses/explained_variance"] = explained_variance(batch.value, batch.target, batch.mask)
+    metrics["charts/learning_rate"] = learner.schedule.learning_rate
+    metrics["policy/std"] = jnp.mean(jnp.exp(batch.policy.log_std))
+    metrics["policy/param_norm"] = optax.tree.norm(learner.params)
+    metrics["policy/kl_coef"] = given.kl_coef
+    metrics["policy/epochs"] = jnp.sum(ran)
+
     if args.adaptive_lr:
         given = given._replace(learning_rate=learner.schedule.learning_rate)
     if args.objective == "kl-penalty":
-        kl_div = masked_mean(kl(policy, network.apply(learner.params, flat_obs)[0]), mask)
-        given = given._replace(kl_coef=given.kl_coef * steer(kl_div, args.desired_kl, *args.kl_rule))
-    ended = transition.done * transition.mask
-    for name in ("episodic_return", "episodic_length"):
-        metrics[f"charts/{name}"] = jnp.where(jnp.any(ended), masked_mean(getattr(transition, name), ended), jnp.nan)
-    new = {"obs_stats": obs_stats, "return_stats": return_stats, "schedule": given, "iteration": learner.iteration + 1}
-    returns = jnp.concatenate([learner.returns, jnp.where(ended > 0, transition.episodic_return, jnp.nan).ravel()])
-    new |= {"returns": returns[jnp.argsort(~jnp.isnan(returns), stable=True)[-100:]]}
-    metrics |= {"charts/episodic_return_100": jnp.nanmean(new["returns"])}
-    return learner._replace(**new, episodes=learner.episodes + jnp.sum(ended).astype(jnp.int32)), metrics
+        policy, _ = network.apply(learner.params, batch.obs)
+        divergence = masked_mean(kl(batch.policy, policy), batch.mask)
+        factor = steer(divergence, args.desired_kl, *args.kl_rule)
+        given = given._replace(kl_coef=given.kl_coef * factor)
+    learner = learner._replace(
+        obs_stats=obs_stats,
+        return_stats=return_stats,
+        schedule=given,
+        iteration=learner.iteration + 1,
+    )
+    learner, episode_metrics = count_episodes(learner, rollout)
+    return learner, metrics | episode_metrics
 
 
 # --- Environments ---
 class TimeStep(NamedTuple):  # what S*N environments return, leaves [S*N, ...]
-    obs: Any  # float32 [S*N, K, ...]; an ended episode's last observation, then on the next step a new one's first
+    obs: Any  # float32 [S*N, K, ...]; after an episode's last, the next step has a new one's first
     reward: Array
-    terminated: Array  # bool, as truncated; never both
-    truncated: Array
+    terminated: Array  # bool
+    truncated: Array  # bool; never both
 
 
-class Environment(NamedTuple):  # S*N environments behind two functions
-    first: tuple[Any, TimeStep]  # env_state and what it shows after a reset
-    step: Callable[[Any, Array], tuple[Any, TimeStep]]  # (env_state, action [S*N, *action_space.shape])
-    action_space: Any
-    threshold: float | None  # mean return at which the environment counts as solved
+class Environment(NamedTuple):  # S*N environments behind one function
+    first: tuple[Any, TimeStep]  # env_state, and what it shows after a reset
+    step: Callable[[Any, Array], tuple[Any, TimeStep]]  # (env_state, action [S*N, *space.shape])
+    observation_space: spaces.Space  # of one environment, as it gives observations
+    action_space: spaces.Space
+    threshold: float | None  # mean return from which the environment counts as solved
+    failures: list[str]  # what went wrong on the host, first things first; its steps are void
+    render: Callable[[], np.ndarray] | None  # a frame [height, width, 3] of the first environment
 
 
-def make_env(args: Args, env_seeds: list[int]) -> Environment:
-    """Returns one environment per seed. Stops with exit code 2 if the id is unknown or its actions are not a Box."""
-    known, env_id = [*envpool.list_all_envs(), *gymnasium.registry], args.env_id
-    if env_id not in known and ":" not in env_id:
-        fail(f"--env-id {env_id} is unknown; nearest: {', '.join(difflib.get_close_matches(env_id, known)) or 'none'}")
-    try:
-        env = (make_envpool if env_id in envpool.list_all_envs() else make_gymnasium)(env_id, env_seeds)
-    except (ImportError, gymnasium.error.Error) as error:
-        fail(f"--env-id {env_id} cannot be made, install or import what it needs: {error}")
-    if not isinstance(env.action_space, gymnasium.spaces.Box):
-        other = "this script needs Box: use ppo_atari.py for Atari games, else ppo_icm_lstm.py"
-        fail(f"--env-id {env_id} has {type(env.action_space).__name__} actions, {other}")
+def make_env(args: Args, env_seeds: list[int], render: bool = False) -> Environment:
+    """Returns environments with Box actions, one per seed. Stops (2) at others, as open_env."""
+    env = open_env(args, env_seeds, render)
+    if not isinstance(env.action_space, spaces.Box):
+        kind = type(env.action_space).__name__
+        fail(f"--env-id {args.env_id} has {kind} actions: this script is for Box actions")
     return env
 
 
-def make_envpool(env_id: str, env_seeds: list[int]) -> Environment:
-    """EnvPool: send and recv are XLA calls, so that a rollout is one compiled scan. MuJoCo there speaks float64."""
-    pool = envpool.make(env_id, env_type="gymnasium", num_envs=len(env_seeds), seed=env_seeds)
+def open_env(args: Args, env_seeds: list[int], render: bool = False) -> Environment:
+    """Returns one environment per seed.
+
+    Args:
+        render: whether it can be filmed.
+
+    Stops with exit code 2, in one line, if the id is unknown, the environment cannot be made, or
+    it has a space that networks cannot take.
+    """
+    env_id = args.env_id
+    known = [*envpool.list_all_envs(), *gymnasium.registry]
+    if env_id not in known and ":" not in env_id:
+        nearest = ", ".join(difflib.get_close_matches(env_id, known)) or "none"
+        fail(f"--env-id {env_id} is unknown; nearest: {nearest}")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where module:EnvId may be, wherever this script lies
+    make = make_envpool if env_id in envpool.list_all_envs() else make_gymnasium
+    try:
+        env = make(args, env_seeds, render)
+        encoded_size(env.observation_space)
+    except Exception as error:  # whatever other people's constructors raise
+        fail(f"--env-id {env_id} cannot be made (see also --env-kwargs): {describe(error)}")
+    if env.action_space.shape is not None and math.prod(env.action_space.shape) == 0:
+        fail(f"--env-id {env_id} has an empty action space: {env.action_space}")
+    return env
+
+
+def describe(error: BaseException) -> str:
+    """Returns an error in one line: type, message, and the line of the user's code that raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    foreign = [x for x in frames if x.filename != __file__]
+    own = [x for x in foreign if "site-packages" not in x.filename and "<" not in x.filename]
+    place = ""
+    if foreign:
+        frame = (own or foreign)[-1]
+        place = f" ({Path(frame.filename).name}, line {frame.lineno}, in {frame.name})"
+    return f"{type(error).__name__}: {error}{place}"
+
+
+def make_envpool(args: Args, env_seeds: list[int], render: bool) -> Environment:
+    """Returns EnvPool's environments: send and recv are XLA calls, inside of the compiled scan.
+
+    MuJoCo speaks float64 there; nothing beyond these functions does.
+    """
+    settings = read_env_kwargs(args)
+    if render:
+        settings["render_mode"] = "rgb_array"
+    size = len(env_seeds)
+    pool = envpool.make(
+        args.env_id, env_type="gymnasium", num_envs=size, seed=env_seeds, **settings
+    )
     handle, recv, send, _ = pool.xla()
-    ids, dtype = np.arange(len(env_seeds), dtype=np.int32), list(pool.spec.action_array_spec.values())[-1].dtype
+    ids = np.arange(size, dtype=np.int32)
+    action_dtype = list(pool.spec.action_array_spec.values())[-1].dtype
 
     def receive(handle: Array) -> tuple[Array, TimeStep]:
         handle, (obs, reward, terminated, truncated, _) = recv(handle)
-        obs = jax.tree.map(lambda x: x[:, None].astype(jnp.float32), obs)
-        return handle, TimeStep(obs, reward.astype(jnp.float32), terminated, truncated)
+        obs = jax.tree.map(lambda x: x[:, None], obs)  # K = 1
+        return handle, TimeStep(
+            obs=encode_obs(obs, pool.observation_space),
+            reward=reward.astype(jnp.float32),
+            terminated=terminated,
+            truncated=truncated & ~terminated,
+        )
 
     def step(handle: Array, action: Array) -> tuple[Array, TimeStep]:
-        return receive(send(handle, action.astype(dtype), ids))
+        return receive(send(handle, action.astype(action_dtype), ids))
 
     pool.async_reset()
-    first, threshold = jax.jit(receive)(jnp.asarray(handle)), getattr(pool.spec.config, "reward_threshold", None)
-    return Environment(jax.block_until_ready(first), step, pool.action_space, threshold)
+    first = jax.block_until_ready(jax.jit(receive)(jnp.asarray(handle)))
+    return Environment(
+        first=first,
+        step=step,
+        observation_space=pool.observation_space,
+        action_space=pool.action_space,
+        threshold=getattr(pool.spec.config, "reward_threshold", None),
+        failures=[],
+        render=lambda: np.asarray(pool.render()[0]),
+    )
 
 
-def make_gymnasium(env_id: str, env_seeds: list[int]) -> Environment:
-    """Gymnasium: a vector environment on the host, called in order from the compiled rollout.
+class ObservationCopies(gymnasium.ObservationWrapper):
+    """An environment that shows each observation as K copies: [K, ...].
 
-    `info["non-terminal done"]` makes an end a truncation; a method `augment_observation` of the environment (one
-    observation in, K out, the original first) has all K trained on. Raises: ValueError if K changes."""
-    vector = gymnasium.make_vec(env_id, num_envs=len(env_seeds), vectorization_mode="sync")
-    space, copies = vector.single_action_space, partial(jax.tree.map, lambda x: x[None])
-    if vector.envs[0].has_wrapper_attr("augment_observation"):
-        copies = vector.envs[0].get_wrapper_attr("augment_observation")
+    K is 1, but for environments with a method augment_observation(obs), which returns K
+    observations, the original first. Raises: ValueError if K changes.
+    """
 
-    def time_step(obs: Any, reward: Any, terminated: np.ndarray, truncated: np.ndarray, info: dict) -> TimeStep:
-        each = [copies(jax.tree.map(lambda x, i=i: x[i], obs)) for i in range(len(env_seeds))]
-        obs = jax.tree.map(lambda *x: np.stack(x).astype(np.float32), *each)
-        terminated, ended = terminated & ~truncated, np.asarray(info.get("non-terminal done", False), bool)
-        return TimeStep(obs, np.float32(reward), terminated & ~ended, truncated | (terminated & ended))
+    def __init__(self, env: gymnasium.Env) -> None:
+        super().__init__(env)
+        encoded_size(env.observation_space)
+        self.augment = partial(jax.tree.map, lambda x: np.asarray(x)[None])
+        if env.has_wrapper_attr("augment_observation"):
+            self.augment = env.get_wrapper_attr("augment_observation")
+        self.copies = self.count(self.augment(env.observation_space.sample()))
+        self.single_space = env.observation_space
+        self.observation_space = gymnasium.vector.utils.batch_space(self.single_space, self.copies)
+
+    def count(self, copies: Any) -> int:
+        return len(jax.tree.leaves(copies)[0])
+
+    def observation(self, obs: Any) -> Any:
+        copies = self.augment(obs)
+        if self.count(copies) != self.copies:
+            before = f"augment_observation returned {self.copies} observations"
+            raise ValueError(f"{before}, and now {self.count(copies)}")
+        return copies
+
+
+@contextmanager
+def children_ignore_signals() -> Iterator[None]:
+    """Processes started in this block leave SIGINT and SIGTERM to this one, which ends them."""
+    before = [(x, signal.signal(x, signal.SIG_IGN)) for x in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)
+
+
+def make_vector(args: Args, size: int, render: bool) -> gymnasium.vector.VectorEnv:
+    """Returns a Gymnasium vector environment that resets on the step after an episode's end."""
+    settings = read_env_kwargs(args)
+    if render:
+        settings["render_mode"] = "rgb_array"
+    make = partial(
+        gymnasium.make_vec,
+        args.env_id,
+        num_envs=size,
+        vectorization_mode=args.vectorization,
+        wrappers=[ObservationCopies],
+        **settings,
+    )
+    if args.vectorization == "sync":
+        return make()
+    with children_ignore_signals(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # JAX's: but children run no JAX
+        return make(vector_kwargs={"context": "fork"})
+
+
+def make_gymnasium(args: Args, env_seeds: list[int], render: bool) -> Environment:
+    """Returns Gymnasium's environments, on the host, called in order from the compiled rollout.
+
+    `info["non-terminal done"]` makes an end a truncation. An exception of the environment's code
+    is written to `failures`; from then on steps do nothing.
+    """
+    vector = make_vector(args, len(env_seeds), render)
+    space = vector.single_action_space
+    single_space = vector.single_observation_space
+    if args.vectorization == "sync":
+        single_space = vector.envs[0].get_wrapper_attr("single_space")
+    else:
+        single_space = vector.get_attr("single_space")[0]
+    failures: list[str] = []
+
+    def time_step(
+        obs: Any, reward: Any, terminated: np.ndarray, truncated: np.ndarray, info: dict
+    ) -> TimeStep:
+        nonterminal = np.asarray(info.get("non-terminal done", False), bool)
+        truncated = truncated | (terminated & nonterminal)
+        terminated = terminated & ~nonterminal
+        with np.errstate(over="ignore"):  # infinite then, which stops the run
+            obs = jax.tree.map(np.float32, obs)
+            reward = np.float32(reward)
+        return TimeStep(
+            obs=obs, reward=reward, terminated=terminated, truncated=truncated & ~terminated
+        )
+
+    def host_step(action: Array) -> TimeStep:
+        if failures:
+            return void
+        try:
+            return time_step(*vector.step(as_space_dtype(np.asarray(action), space)))
+        except Exception as error:  # whatever other people's environments raise
+            failures.append(f"--env-id {args.env_id} failed in a step: {describe(error)}")
+            return void
+
+    def encode(raw: TimeStep) -> TimeStep:
+        return raw._replace(obs=encode_obs(raw.obs, single_space))
 
     def step(env_state: tuple, action: Array) -> tuple[tuple, TimeStep]:
-        host_step = lambda action: time_step(*vector.step(np.asarray(action, space.dtype)))  # noqa: E731
-        return env_state, io_callback(host_step, like, action, ordered=True)
+        return env_state, encode(io_callback(host_step, shapes, action, ordered=True))
 
-    first = time_step(vector.reset(seed=env_seeds)[0], *np.zeros((3, len(env_seeds)), bool), {})
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), first)
-    return Environment(((), jax.tree.map(jnp.asarray, first)), step, space, vector.spec.reward_threshold)
+    obs, _ = vector.reset(seed=env_seeds)
+    zeros = np.zeros(len(env_seeds))
+    raw = time_step(obs, zeros, zeros > 0, zeros > 0, {})
+    void = jax.tree.map(np.zeros_like, raw)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), raw)
+    return Environment(
+        first=((), jax.tree.map(jnp.asarray, encode(raw))),
+        step=step,
+        observation_space=single_space,
+        action_space=space,
+        threshold=vector.spec.reward_threshold,
+        failures=failures,
+        render=lambda: np.asarray(vector.render()[0]),
+    )
 
 
-def bounded(action: Array, space: Any, args: Args) -> Array:
-    """Returns what the environment gets for actions [..., U]: [..., *space.shape] inside its bounds."""
-    low, high = space.low.astype(np.float32), space.high.astype(np.float32)
-    finite = np.isfinite(low) & np.isfinite(high) & np.bool_(args.scale_actions)
-    centre, half = np.where(finite, low / 2 + high / 2, 0), np.where(finite, high / 2 - low / 2, 1)
-    return jnp.clip(centre + half * action.reshape(*action.shape[:-1], *space.shape), low, high).astype(action.dtype)
+def encode_obs(obs: Any, space: spaces.Space | dict) -> Any:
+    """Returns observations as networks take them: float32, numbers of choices as one-hot vectors.
+
+    Args:
+        obs: of `space`, with any leading axes.
+
+    Raises: ValueError for a space that networks cannot take.
+    """
+    one_hot = partial(jax.nn.one_hot, dtype=jnp.float32)
+    if isinstance(space, dict | spaces.Dict):
+        return {name: encode_obs(obs[name], part) for name, part in space.items()}
+    if isinstance(space, spaces.Tuple):
+        return tuple(encode_obs(x, part) for x, part in zip(obs, space, strict=True))
+    if isinstance(space, spaces.Discrete):
+        return one_hot(jnp.asarray(obs, jnp.int32) - int(space.start), int(space.n))
+    if isinstance(space, spaces.MultiDiscrete):
+        choices = zip(space.nvec.ravel(), space.start.ravel(), strict=True)
+        flat = jnp.asarray(obs, jnp.int32).reshape(*np.shape(obs)[: -space.nvec.ndim], -1)
+        columns = [one_hot(flat[..., i] - a, int(n)) for i, (n, a) in enumerate(choices)]
+        return jnp.concatenate(columns, axis=-1)
+    if isinstance(space, spaces.Box | spaces.MultiBinary):
+        return jnp.asarray(obs, jnp.float32)
+    raise ValueError(f"observations of space {space} are nothing that a network can take")
+
+
+def encoded_size(space: spaces.Space | dict) -> int:
+    """Returns how many numbers an encoded observation has. Raises: ValueError if there are none."""
+    encoded = jax.eval_shape(lambda: encode_obs(empty_obs(space), space))
+    size = sum(math.prod(x.shape) for x in jax.tree.leaves(encoded))
+    if size == 0:
+        raise ValueError(f"observations of space {space} are empty")
+    return size
+
+
+def empty_obs(space: spaces.Space | dict) -> Any:
+    """Returns an observation of zeros. Raises: ValueError for a space without a fixed shape."""
+    if isinstance(space, dict | spaces.Dict):
+        return {name: empty_obs(part) for name, part in space.items()}
+    if isinstance(space, spaces.Tuple):
+        return tuple(empty_obs(part) for part in space)
+    if space.shape is None:
+        raise ValueError(f"observations of space {space} are nothing that a network can take")
+    return np.zeros(space.shape, np.float32)
+
+
+def action_bounds(space: spaces.Box) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the least and the largest action, float32, infinite where there is no bound."""
+    low, high = np.float64(space.low), np.float64(space.high)
+    low = np.where(low > -1e30, low, -np.inf)
+    high = np.where(high < 1e30, high, np.inf)
+    return low.astype(np.float32), high.astype(np.float32)
+
+
+def as_space_dtype(action: np.ndarray, space: spaces.Box) -> np.ndarray:
+    """Returns actions in the dtype of their space, to the nearest of whole numbers."""
+    if np.issubdtype(space.dtype, np.integer):
+        action = np.clip(np.rint(np.float64(action)), space.low, space.high)
+    return action.astype(space.dtype)
+
+
+def env_action(action: Array, space: spaces.Box, args: Args) -> Array:
+    """Returns what the environment gets for a policy's actions [..., U]: [..., *space.shape]."""
+    low, high = action_bounds(space)
+    action = action.reshape(*action.shape[:-1], *space.shape)
+    if args.scale_actions:
+        bounded = np.isfinite(low) & np.isfinite(high)
+        low_half = np.where(bounded, low, -1) / 2
+        high_half = np.where(bounded, high, 1) / 2
+        action = (low_half + high_half) + (high_half - low_half) * action
+    return jnp.clip(action, low, high).astype(jnp.float32)
 
 
 # --- Rollout ---
+class Episode(NamedTuple):  # of each environment so far, [S*N]
+    total: Array
+    length: Array
+    discounted: Array
+
+
 class RunnerState(NamedTuple):  # the carry of the rollout
     env_state: Any
     time_step: TimeStep
-    episode: tuple[Array, Array, Array]  # Transition's episodic return, episodic length and discounted return so far
+    episode: Episode
 
 
-def env_step(runner: RunnerState, noise: Array, learner: Any, env: Environment, network: Any, args: Args) -> tuple:
-    """Returns (RunnerState, Transition) after one step with noise [S, N, U]; leaves are [S*N, ...]."""
+def env_step(
+    runner: RunnerState,
+    noise: Array,
+    learner: LearnerState,
+    env: Environment,
+    network: nn.Module,
+    args: Args,
+) -> tuple[RunnerState, Transition]:
+    """Returns the runner and the transition, leaves [S*N, ...], after one step.
+
+    Args:
+        noise: standard normal, [S, N, U].
+        learner: leaves [S, ...].
+    """
+    seeds, envs, action_size = noise.shape
     last = runner.time_step
-    obs = jax.tree.map(lambda x: x[:, 0].reshape(*noise.shape[:2], *x.shape[2:]), last.obs)  # [S, N, ...]
-    obs = jax.tree.map(jax.vmap(partial(normalize, bound=args.clip_obs)), obs, learner.obs_stats)
+    obs = jax.tree.map(lambda x: x[:, 0].reshape(seeds, envs, *x.shape[2:]), last.obs)
+    normalize_leaf = jax.vmap(partial(normalize, bound=args.clip_obs))
+    obs = jax.tree.map(normalize_leaf, obs, learner.obs_stats)
     policy, _ = jax.vmap(network.apply)(learner.params, obs)
-    action = sample_action(policy, noise).reshape(-1, noise.shape[-1])
-    env_state, new = env.step(runner.env_state, bounded(action, env.action_space, args))
+    action = sample_action(policy, noise).reshape(seeds * envs, action_size)
+    env_state, new = env.step(runner.env_state, env_action(action, env.action_space, args))
+
+    # After an episode's end the environment has only reset itself
     mask = 1 - (last.terminated | last.truncated).astype(jnp.float32)
-    done, terminated = (x.astype(jnp.float32) for x in (new.terminated | new.truncated, new.terminated))
-    (total, length, discounted), reward = runner.episode, new.reward
-    episode = (total + reward) * mask, (length + 1) * mask, (args.gamma * discounted + reward) * mask
-    return RunnerState(env_state, new, episode), Transition(last.obs, action, reward, terminated, done, mask, *episode)
+    gamma = jnp.repeat(learner.schedule.gamma, envs)
+    episode = Episode(
+        total=(runner.episode.total + new.reward) * mask,
+        length=(runner.episode.length + 1) * mask,
+        discounted=(gamma * runner.episode.discounted + new.reward) * mask,
+    )
+    transition = Transition(
+        obs=last.obs,
+        action=action,
+        reward=new.reward,
+        terminated=new.terminated.astype(jnp.float32),
+        done=(new.terminated | new.truncated).astype(jnp.float32),
+        mask=mask,
+        episodic_return=episode.total,
+        episodic_length=episode.length,
+        discounted_return=episode.discounted,
+    )
+    return RunnerState(env_state=env_state, time_step=new, episode=episode), transition
 
 
-def rollout(runner: RunnerState, learner: LearnerState, env: Environment, network: nn.Module, args: Args) -> tuple:
-    """Returns (RunnerState, Transition [S, T, N, ...]) after T steps of S*N environments; obs is [S, T + 1, N, ...]."""
-    local, size = args.num_envs // jax.process_count(), int(np.prod(env.action_space.shape))
-    keys = jax.vmap(jax.random.fold_in)(learner.key, 2 * learner.iteration)  # 2 * iteration + 1: shuffles
-    noise = partial(jax.random.normal, shape=(args.num_steps, args.num_envs, size), dtype=jnp.float32)
-    noise = jax.vmap(noise, out_axes=1)(keys)[:, :, jax.process_index() * local :][:, :, :local]  # [T, S, N / P, U]
+def rollout(
+    runner: RunnerState, learner: LearnerState, env: Environment, network: nn.Module, args: Args
+) -> tuple[RunnerState, Transition]:
+    """Returns the runner and the transitions [S, T, N, ...] of T steps of S*N environments.
+
+    Observations are [S, T + 1, N, K, ...]: the last are those that the rollout ended on.
+    """
+    local = args.num_envs // jax.process_count()
+    mine = slice(jax.process_index() * local, (jax.process_index() + 1) * local)
+    shape = (args.num_steps, args.num_envs, math.prod(env.action_space.shape))
+
+    def draw(key: Array) -> Array:  # the same for an environment, whatever the number of processes
+        return jax.random.normal(key, shape, jnp.float32)[:, mine]
+
+    def by_seed(x: Array) -> Array:  # [T, S*N, ...] to [S, T, N, ...]
+        x = x.reshape(len(x), -1, local, *x.shape[2:])
+        return jnp.moveaxis(x, 1, 0)
+
+    # Even numbers are folded in for rollouts, odd ones for updates
+    keys = jax.vmap(jax.random.fold_in)(learner.key, 2 * learner.iteration)
+    noise = jax.vmap(draw, out_axes=1)(keys)  # [T, S, N, U]
+    if args.mode == "eval":
+        noise = 0 * noise
     step = partial(env_step, learner=learner, env=env, network=network, args=args)
-    runner, transition = jax.lax.scan(step, runner, noise * (args.mode == "train"))
-    obs = jax.tree.map(lambda x, last: jnp.concatenate([x, last[None]]), transition.obs, runner.time_step.obs)
-    by_seed = lambda x: jnp.moveaxis(x.reshape(len(x), -1, local, *x.shape[2:]), 1, 0)  # noqa: E731
+    runner, transition = jax.lax.scan(step, runner, noise)
+    last = runner.time_step.obs
+    obs = jax.tree.map(lambda x, y: jnp.concatenate([x, y[None]]), transition.obs, last)
     return runner, jax.tree.map(by_seed, transition._replace(obs=obs))
 
 
 # --- Run ---
+ROWS_PER_CORE = 512  # of a minibatch; for fewer, another core costs more than it saves
+GRACE = 10  # seconds that an iteration has to end in after a signal; clusters give 30
+LOCK = ".lock"
+RUN_FILES = (  # what a run folder holds, all of it
+    Path(__file__).name,
+    LOCK,
+    "args.json",
+    "result.json",
+    "spaces.json",
+    "*.tmp",
+    "checkpoints/*.msgpack",
+    "checkpoints/*.tmp",
+    "events.out.tfevents.*",
+    "seed*/events.out.tfevents.*",
+    "videos/*.mp4",
+    "videos/*.gif",
+)
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """Returns the largest divisor of a number that is at most `most`."""
+    return max(d for d in range(1, max(most, 1) + 1) if number % d == 0)
+
+
 def configure(args: Args) -> Mesh:
-    """Sets JAX up and returns the updates' devices, [P, seeds]; a CPU's cores are as many devices."""
+    """Sets JAX up and returns the devices of updates: [shares of a minibatch, seeds].
+
+    On a CPU the cores are as many devices. Those that seeds leave idle share large minibatches,
+    as P processes do. Stops with exit code 2 where there is no such platform or cluster.
+    """
     cache = jax.config.jax_compilation_cache_dir or str(Path.home() / ".cache" / "ppo_jax")
     jax.config.update("jax_compilation_cache_dir", cache)
-    if sys.platform == "linux" and args.mode == "train" and args.num_envs * args.num_seeds == 1:
-        os.sched_setaffinity(0, {ctypes.CDLL(None).sched_getcpu()})  # waking another core takes longer than a step
     if args.platform != "auto":
-        jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda,cpu"}[args.platform])
-    try:
-        one_process = partial(jax.config.update, "jax_num_cpu_devices", min(args.num_seeds, os.cpu_count()))
-        (jax.distributed.initialize if args.distributed else one_process)()
-        devices = np.array(jax.devices("gpu" if args.platform == "gpu" else None)).reshape(jax.process_count(), -1)
-    except (RuntimeError, ValueError) as error:
-        fail(f"--platform gpu needs jax[cuda13], --distributed a start by mpirun or srun: {error}")
-    fit = 1 if args.distributed else max(d for d in range(1, devices.size + 1) if args.num_seeds % d == 0)
-    return Mesh(devices[:, :fit], ("process", "seed"))
+        names = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
+        jax.config.update("jax_platforms", names[args.platform])
 
-
-def write_json(path: Path, content: dict) -> None:
-    """Writes a JSON file atomically."""
-    path.with_suffix(".tmp").write_text(json.dumps(content, indent=2))
-    path.with_suffix(".tmp").replace(path)
-
-
-def open_folder(args: Args, learner: LearnerState) -> tuple[ocp.CheckpointManager, LearnerState, np.ndarray]:
-    """Returns checkpoints, newest learner, seconds [4]. Stops (2) at a run that has other settings or is unreadable."""
-    free = "run_dir total_timesteps clobber checkpoint_interval log_interval mode eval_episodes video platform".split()
-    path, settings = args.folder / "args.json", json.loads(json.dumps(asdict(args)))
-    if jax.process_index() == 0 and args.mode == "train":
-        if args.clobber:
-            shutil.rmtree(args.folder, ignore_errors=True)
-        old = json.loads(path.read_text()) if path.exists() else settings
-        differ = [k for k, v in settings.items() if old.get(k) != v and k not in [*free, "distributed"]]
-        if flags := ", ".join(f"--{k.replace('_', '-')} {settings[k]} (there: {old.get(k)})" for k in differ):
-            fail(f"{args.folder} holds a run with other settings: {flags}; choose another --exp-name, or --clobber")
-        (args.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        write_json(path, settings)
-        shutil.copy(__file__, args.folder)
-    multihost_utils.sync_global_devices("run folder")
-    mine = ocp.options.MultiprocessingOptions(active_processes={jax.process_index()})
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, create=False, multiprocessing_options=mine)
-    manager, state = ocp.CheckpointManager(args.folder / "checkpoints", options=options), (learner, np.zeros(4))
-    for step in sorted(manager.all_steps(), reverse=True):
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    seeds = largest_divisor(args.num_seeds, cores)
+    idle = min(cores // seeds, args.minibatch_size // ROWS_PER_CORE)
+    shares = largest_divisor(math.gcd(args.num_envs, args.minibatch_size), idle)
+    if args.distributed:
         try:
-            return manager, *manager.restore(step, args=ocp.args.StandardRestore(state))
-        except Exception as error:  # whatever a damaged file makes of itself
-            print(f"checkpoint {step} is damaged, trying the one before: {str(error)[:100]}", file=sys.stderr)
-    if manager.all_steps() or args.mode == "eval":
-        fail(f"--run-dir {args.folder} has no readable checkpoint: train, restore a backup, or start with --clobber")
-    return manager, *state
+            jax.distributed.initialize()
+        except (RuntimeError, ValueError):
+            fail("--distributed is for processes that mpirun or srun starts: leave it out")
+        check_shares(args)
+    else:
+        jax.config.update("jax_num_cpu_devices", seeds * shares)
+    try:
+        devices = np.array(jax.devices(None if args.platform == "auto" else args.platform))
+    except RuntimeError:
+        package = {"gpu": "jax[cuda13]", "tpu": "jax[tpu]"}.get(args.platform, "jax")
+        fail(f"--platform {args.platform} finds no device: it needs one, and {package}")
+
+    if args.distributed:
+        by_process = devices.reshape(jax.process_count(), -1)
+        return Mesh(by_process[:, :1], ("process", "seed"))
+    if devices[0].platform == "cpu":
+        return Mesh(devices.reshape(shares, seeds), ("process", "seed"))
+    return Mesh(devices[None, : largest_divisor(args.num_seeds, len(devices))], ("process", "seed"))
 
 
-def make_run(args: Args) -> tuple[Callable, RunnerState, nn.Module, LearnerState, Environment]:
-    """Returns the compiled rollout, the runner, the network, new learners [S, ...] on the host, the environments."""
-    seeds, local = range(args.seed, args.seed + args.num_seeds), args.num_envs // jax.process_count()
-    env_seeds = np.stack([np.random.SeedSequence(seed).generate_state(args.num_envs) >> 1 for seed in seeds])
-    env_seeds = env_seeds[:, jax.process_index() * local :][:, :local].ravel().tolist()
-    # On the CPU beside the environments; EnvPool's MuJoCo speaks float64, which nothing outside of here may
-    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
-        env = make_env(args, env_seeds)
-        runner = RunnerState(*env.first, episode=(jnp.zeros(len(env_seeds), jnp.float32),) * 3)
-        network = ActorCritic(env.action_space, args)
-        obs = jax.tree.map(lambda x: np.asarray(x[0, 0]), runner.time_step.obs)
-        init = jax.jit(partial(init_learner, obs=obs, network=network, args=args))
-        learner = jax.tree.map(lambda *x: np.stack(x), *[init(np.uint32(seed)) for seed in seeds])  # [S, ...]
-        act = jax.jit(partial(rollout, env=env, network=network, args=args))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)  # holds a pointer: of no use to others
-        act = act.lower(runner, learner._replace(opt_state=None)).compile()
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    return act, runner, network, learner, env
+def check_shares(args: Args) -> None:
+    """Stops with exit code 2 where P processes cannot share environments and minibatches."""
+    processes = jax.process_count()
+    if args.num_envs % processes:
+        fail(f"--num-envs {args.num_envs} does not divide among {processes} processes")
+    if args.minibatch_size % processes:
+        rows = f"minibatches of {args.minibatch_size} rows"
+        fail(f"{rows} do not divide among {processes} processes: change the minibatches' flags")
 
 
 def init_learner(seed: Array, obs: Any, network: nn.Module, args: Args) -> LearnerState:
-    """Returns one seed's new learner; obs is one observation."""
+    """Returns one seed's new learner; obs is one encoded observation."""
     key = jax.random.PRNGKey(seed)
     params = network.init(key, jax.tree.map(lambda x: x[None], obs))
-    identity = lambda x: RunningStats(jnp.zeros_like(x), jnp.ones_like(x), jnp.float32(1e-4))  # noqa: E731
-    schedule = Schedule(*map(jnp.float32, (args.learning_rate, args.clip_coef, args.ent_coef, args.kl_coef)))
-    state = params, make_optimizer(args).init(params), jax.tree.map(identity, obs), identity(jnp.float32(0))
-    counts = {"iteration": jnp.int32(0), "episodes": jnp.int32(0), "returns": jnp.full(100, jnp.nan, jnp.float32)}
-    return LearnerState(*state, schedule, key=jax.random.fold_in(key, 1), **counts)
+
+    def no_stats(x: Array) -> RunningStats:
+        return RunningStats(mean=jnp.zeros_like(x), var=jnp.ones_like(x), count=jnp.float32(1e-4))
+
+    return LearnerState(
+        params=params,
+        opt_state=make_optimizer(args).init(params),
+        obs_stats=jax.tree.map(no_stats, obs),
+        return_stats=no_stats(jnp.float32(0)),
+        schedule=Schedule(*(jnp.float32(getattr(args, name)) for name in Schedule._fields)),
+        key=jax.random.fold_in(key, 1),
+        iteration=jnp.int32(0),
+        episodes=jnp.int32(0),
+        returns=jnp.zeros(100, jnp.float32),
+    )
 
 
-def open_writers(args: Args, network: nn.Module, runner: RunnerState, step: int) -> list[SummaryWriter]:
-    """Returns one event file per seed, in the run folder or its sub-folders, that begins with settings and networks."""
-    names = [f"seed{args.seed + s}" if args.num_seeds > 1 else "" for s in range(args.num_seeds)]
-    writers = [SummaryWriter(str(args.folder / name), purge_step=step + 1) for name in names]
-    obs = jax.tree.map(lambda x: np.asarray(x[:1, 0]), runner.time_step.obs)
-    layers = network.tabulate(jax.random.PRNGKey(0), obs, console_kwargs={"width": 120, "force_terminal": False})
-    settings = ["|setting|value|", "|-|-|", *(f"|{k}|{v}|" for k, v in asdict(args).items())]
-    for writer in writers:
-        writer.add_text("hyperparameters", "\n".join(settings), step)
-        writer.add_text("networks", f"```\n{layers}\n```", step)
-    return writers
+def make_learner(args: Args, observation_space: spaces.Space, network: nn.Module) -> Callable:
+    """Returns a function of no arguments that gives new learners, one per seed: [S, ...].
+
+    It can be evaluated for its shapes alone, with jax.eval_shape.
+    """
+    init = jax.jit(partial(init_learner, network=network, args=args))
+
+    def make() -> LearnerState:
+        obs = encode_obs(empty_obs(observation_space), observation_space)
+        seeds = range(args.seed, args.seed + args.num_seeds)
+        learners = [init(np.uint32(seed), obs) for seed in seeds]
+        return jax.tree.map(lambda *x: jnp.stack(x), *learners)
+
+    return make
 
 
-def log(writers: list, step: int, metrics: dict, transition: Transition, histograms: bool) -> None:
-    """Writes an iteration's metrics [S], and histograms of its rollout, to event files."""
-    for s, writer in enumerate(writers):
-        for name in [name for name in metrics if np.isfinite(metrics[name][s])]:
-            writer.add_scalar(name, metrics[name][s], step)
-        for name in ("obs", "action", "reward") if histograms else ():
-            values = [np.ravel(x[s]) for x in jax.tree.leaves(getattr(transition, name))]
-            writer.add_histogram(f"rollout/{name}", np.concatenate(values), step)
+def seeds_of_envs(args: Args, *more: int) -> list[int]:
+    """Returns the seeds of this process's environments, S*N of them; `more` makes them others."""
+    local = args.num_envs // jax.process_count()
+    mine = slice(jax.process_index() * local, (jax.process_index() + 1) * local)
+    found = []
+    for seed in range(args.seed, args.seed + args.num_seeds):
+        entropy = [seed, *more] if more else seed
+        drawn = np.random.SeedSequence(entropy).generate_state(args.num_envs) >> 1
+        found += drawn[mine].tolist()
+    return found
 
 
-def save(args: Args, manager: ocp.CheckpointManager, learner: LearnerState, seconds: np.ndarray) -> None:
-    """Writes a checkpoint and result.json. Stops with exit code 1 where that fails, the last good checkpoint kept."""
-    iteration, seeds = int(learner.iteration[0]), [args.seed + s for s in range(args.num_seeds)]
-    timesteps, (_, acting, compiling, learning) = iteration * args.num_envs * args.num_steps, seconds.tolist()
-    total = float(sum(seconds))
-    spent = {"sps": total - compiling, "sps_with_compile": total, "sps_rollout": acting, "sps_update": learning}
-    returns = [float(np.nanmean(x)) if np.isfinite(x).any() else None for x in learner.returns]
-    content = {"script": Path(__file__).name, "env_id": args.env_id, "args": asdict(args), "seeds": seeds}
-    content |= {"finished": iteration >= args.num_iterations, "timesteps": timesteps, "episodic_return": returns}
-    content |= {"wall_time": total, "compile_time": compiling, "episodes": learner.episodes.tolist()}
-    content |= {"eval_return": None} | {name: timesteps * len(seeds) / x for name, x in spent.items()}
-    content |= {"versions": {x: sys.modules[x].__version__ for x in "jax flax optax envpool gymnasium numpy".split()}}
-    content |= {"device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {jax.process_count()} process(es)"}
+class Run(NamedTuple):  # everything that acts
+    args: Args
+    env: Environment  # EnvPool's compiled calls hold bare pointers: it must outlive `act`
+    network: nn.Module
+    learner: LearnerState  # new, [S, ...], on the host
+    runner: RunnerState
+    act: Callable  # (runner, learner without opt_state) to runner and Transition [S, T, N, ...]
+    rollout_shape: Transition  # what act returns, as shapes
+
+
+def make_run(args: Args, env_seeds: list[int], new: bool = True, render: bool = False) -> Run:
+    """Returns environments, networks, and the compiled rollout, all on the CPU.
+
+    Args:
+        new: whether to initialise learners; without, `learner` holds only shapes.
+        render: whether the environment can be filmed.
+    """
+    # EnvPool's MuJoCo speaks float64, which nothing outside of rollouts may
+    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
+        env = make_env(args, env_seeds, render)
+        zeros = jnp.zeros(len(env_seeds), jnp.float32)
+        env_state, time_step = env.first
+        runner = RunnerState(env_state, time_step, Episode(zeros, zeros, zeros))
+        network = ActorCritic(env.action_space, args)
+        make = make_learner(args, env.observation_space, network)
+        learner = jax.device_get(make()) if new else jax.eval_shape(make)
+        act = jax.jit(partial(rollout, env=env, network=network, args=args))
+        # It holds a pointer, and so is of no use to other processes
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
+        lowered = act.lower(runner, learner._replace(opt_state=None))
+        act = lowered.compile()
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    _, rollout_shape = lowered.out_info
+    return Run(args, env, network, learner, runner, act, rollout_shape)
+
+
+def compile_update(run: Run, mesh: Mesh) -> Callable:
+    """Returns the compiled update of all seeds: (learner, rollout) to (learner, metrics [S]).
+
+    Seeds lie on the mesh's second axis; of a rollout, its first axis has the environments.
+    """
+    shared = mesh.shape["process"] > 1
+    args = replace(run.args, distributed=shared)
+    by_seed = PartitionSpec("seed")
+    by_env = PartitionSpec("seed", None, "process")
+    learn = jax.vmap(partial(update, network=run.network, args=args))
+    learn = jax.shard_map(
+        learn, mesh=mesh, in_specs=(by_seed, by_env), out_specs=by_seed, check_vma=False
+    )
+    learn = jax.jit(learn, donate_argnums=0)
+
+    put = partial(multihost_utils.host_local_array_to_global_array, global_mesh=mesh)
+    learner = put(run.learner, pspecs=by_seed)
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), run.rollout_shape)
+    learn = learn.lower(learner, put(zeros, pspecs=by_env)).compile()
+
+    def learn_from_host(learner: LearnerState, rollout: Transition) -> tuple:
+        return learn(put(learner, pspecs=by_seed), put(rollout, pspecs=by_env))
+
+    return learn_from_host
+
+
+def first_not_finite(quantities: dict[str, Any]) -> str | None:
+    """Returns the name of the first pytree with a leaf that is infinite or no number."""
+    for name, tree in quantities.items():
+        for leaf in jax.tree.leaves(tree):
+            if not np.isfinite(leaf).all():
+                return name
+    return None
+
+
+def check_finite(iteration: int, last: "Iteration") -> None:
+    """Stops with exit code 1 at the first bad quantity, in the order in which they arise."""
+    bad = first_not_finite(
+        {
+            "the environment's observation": last.transition.obs,
+            "the environment's reward": last.transition.reward,
+            "the discounted return": last.transition.discounted_return,
+            "the action": last.transition.action,
+            **{name: x for name, x in last.learner._asdict().items() if name.endswith("stats")},
+            **{name: x for name, x in last.metrics.items() if "episodic" not in name},
+            "a network's parameter": last.learner.params,
+        }
+    )
+    if bad:
+        fail(f"iteration {iteration}: {bad} is not finite; earlier checkpoints are good", code=1)
+
+
+# Run folder
+def to_json(content: Any) -> str:
+    """Returns strict JSON; infinity is written as a string."""
+    if isinstance(content, dict):
+        content = {k: str(v) if v in (math.inf, -math.inf) else v for k, v in content.items()}
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file such that it is either whole or not there. Raises: OSError."""
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
-        manager.save(iteration, args=ocp.args.StandardSave((learner, seconds)))
-        manager.wait_until_finished()
-        write_json(args.folder / "result.json", content)
-    except (OSError, ValueError) as error:
-        fail(f"--run-dir {args.folder} takes no checkpoint, the last good one stays; make room: {error}", code=1)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> dict:
+    """Returns the content of a file that holds a JSON object. Raises: ValueError, OSError."""
+    content = json.loads(path.read_text())
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} holds no JSON object")
+    return content
+
+
+def args_to_dict(args: Args) -> dict:
+    """Returns settings as JSON can hold them."""
+    return json.loads(to_json(asdict(args)))
+
+
+def args_from_dict(content: dict) -> Args:
+    """Returns settings that were JSON. Raises: ValueError where they are another script's."""
+    known = {field.name: field.default for field in fields(Args)}
+    odd = sorted(content.keys() ^ known.keys())
+    if odd:
+        names = ", ".join(flag(name) for name in odd)
+        raise ValueError(f"its settings and this script's differ in {names}")
+    settings = {}
+    for name, value in content.items():
+        if isinstance(value, list):
+            value = tuple(value)
+        if value == "inf" and isinstance(known[name], float):
+            value = math.inf
+        if known[name] is not None and not isinstance(value, type(known[name]) | int):
+            raise ValueError(f"{flag(name)} is {value!r}")
+        settings[name] = value
+    return Args(**settings)
+
+
+def space_to_dict(space: spaces.Space | dict, bounds: bool) -> dict:
+    """Returns a space as JSON can hold it; bounds: of boxes, whether to keep theirs."""
+    if isinstance(space, dict | spaces.Dict):
+        parts = {name: space_to_dict(part, bounds) for name, part in space.items()}
+        return {"type": "Dict", "spaces": parts}
+    if isinstance(space, spaces.Tuple):
+        return {"type": "Tuple", "spaces": [space_to_dict(part, bounds) for part in space]}
+    if isinstance(space, spaces.Discrete):
+        return {"type": "Discrete", "n": int(space.n), "start": int(space.start)}
+    if isinstance(space, spaces.MultiDiscrete):
+        nvec, start = space.nvec.tolist(), space.start.tolist()
+        return {"type": "MultiDiscrete", "nvec": nvec, "start": start}
+    if isinstance(space, spaces.MultiBinary):
+        return {"type": "MultiBinary", "n": list(space.shape)}
+    content = {"type": "Box", "shape": list(space.shape)}
+    if bounds:
+        content["dtype"] = str(space.dtype)
+        content["low"] = np.nan_to_num(space.low).tolist()  # strict JSON has no infinity
+        content["high"] = np.nan_to_num(space.high).tolist()
+    return content
+
+
+def space_from_dict(content: dict) -> spaces.Space:
+    """Returns the space that space_to_dict wrote; its boxes' bounds may be huge, not infinite."""
+    content = dict(content)
+    kind = content.pop("type")
+    if kind == "Dict":
+        return spaces.Dict({k: space_from_dict(v) for k, v in content["spaces"].items()})
+    if kind == "Tuple":
+        return spaces.Tuple([space_from_dict(v) for v in content["spaces"]])
+    if kind == "Discrete":
+        return spaces.Discrete(**content)
+    if kind == "MultiDiscrete":
+        return spaces.MultiDiscrete(content["nvec"], start=content["start"])
+    if kind == "MultiBinary":
+        return spaces.MultiBinary(content["n"])
+    shape = tuple(content["shape"])
+    if "low" not in content:
+        return spaces.Box(-np.inf, np.inf, shape)
+    dtype = np.dtype(content["dtype"])
+    low, high = np.array(content["low"], dtype), np.array(content["high"], dtype)
+    return spaces.Box(low, high, shape, dtype)
+
+
+def definitions(text: str) -> dict[str, str]:
+    """Returns {name: code} of a script's top level, without comments and layout."""
+    found = {}
+    for number, node in enumerate(ast.parse(text).body):
+        target = getattr(node, "targets", [None])[0]
+        name = getattr(node, "name", None) or getattr(target, "id", None)
+        found[name or f"{type(node).__name__.lower()} {number}"] = ast.dump(node)
+    return found
+
+
+def changed_definitions(folder: Path) -> str:
+    """Returns the names of what differs between this script and the one that began a run."""
+    try:
+        before = definitions((folder / Path(__file__).name).read_text())
+    except (OSError, SyntaxError, ValueError):
+        return "all of it (the copy there is not readable)"
+    now = definitions(Path(__file__).read_text())
+    names = [name for name in {**now, **before} if now.get(name) != before.get(name)]
+    return ", ".join(names)
+
+
+def strangers(folder: Path) -> list[str]:
+    """Returns the files in a folder that no run has written."""
+    own = {path for pattern in RUN_FILES for path in folder.glob(pattern)}
+    files = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    return [str(path.relative_to(folder)) for path in files if path not in own]
+
+
+def holds_run(folder: Path) -> bool:
+    """Returns whether a folder holds a run of this script, of whatever settings."""
+    return (folder / "args.json").exists() and (folder / Path(__file__).name).exists()
+
+
+def other_script(folder: Path) -> str:
+    """Returns the name of the script whose run a folder holds, or an empty string."""
+    names = [path.name for path in folder.glob("*.py")] if (folder / "args.json").exists() else []
+    return names[0] if names and Path(__file__).name not in names else ""
+
+
+# Settings that may differ when a run goes on: they change no result
+FREE = {
+    "run_dir",
+    "total_timesteps",
+    "clobber",
+    "checkpoint_interval",
+    "log_interval",
+    "mode",
+    "eval_episodes",
+    "eval_steps",
+    "video",
+    "platform",
+    "distributed",
+    "vectorization",
+}
+
+
+def check_folder(args: Args) -> None:
+    """Stops with exit code 2 where a run folder is somebody else's, or its run is another."""
+    folder = args.folder
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        fail(f"--run-dir {folder} is a file: give a folder")
+    remedy = "choose another --exp-name or --run-dir"
+    if not holds_run(folder):
+        found = ["args.json"] if (folder / "args.json").exists() else strangers(folder)
+        if other_script(folder):
+            fail(f"--run-dir {folder} holds a run of {other_script(folder)}: {remedy}")
+        if found:
+            fail(f"--run-dir {folder} holds files that are no run's ({found[0]}): {remedy}")
+        return
+    if args.clobber:
+        return
+    remedy += ", or start afresh with --clobber"
+    if changed := changed_definitions(folder):
+        name = Path(__file__).name
+        fail(
+            f"{folder} holds a run of another version of {name}, differing in: {changed}; {remedy}"
+        )
+    try:
+        before = read_json(folder / "args.json")
+    except ValueError:
+        fail(f"{folder}/args.json is not readable: restore it (result.json has it), or {remedy}")
+    now = args_to_dict(args)
+    differ = [name for name in now if now[name] != before.get(name) and name not in FREE]
+    if differ:
+        flags = ", ".join(f"{flag(x)} {now[x]} (there: {before.get(x)})" for x in differ)
+        fail(f"{folder} holds a run with other settings: {flags}; {remedy}")
+
+
+def lock_folder(folder: Path) -> int:
+    """Returns the descriptor of a run folder's locked file; the lock ends with this process.
+
+    Stops with exit code 2, naming the owner, where another process trains in the folder.
+    """
+    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        owner = os.read(lock, 1000).decode() or "another process"
+        fail(f"{folder} is being trained in by {owner}: wait for it, or end it")
+    os.truncate(lock, 0)
+    os.write(lock, f"process {os.getpid()} on {platform.node()}".encode())
+    return lock
+
+
+def clobber(folder: Path) -> None:
+    """Deletes the run in a folder. Stops with exit code 2 where anything there is not a run's.
+
+    The folder is moved aside first, so that it is never half a run. Raises: OSError.
+    """
+    if not folder.exists() or not holds_run(folder):
+        return
+    if found := strangers(folder):
+        fail(f"--clobber: {folder} also holds {', '.join(found[:3])}: move that away first")
+    if Path.cwd().is_relative_to(folder):
+        fail(f"--clobber: {folder} is the current directory: start from another one")
+    lock = lock_folder(folder)
+    aside = folder.with_name(f".{folder.name}.clobbered-{os.getpid()}")
+    folder.rename(aside)
+    os.close(lock)
+    shutil.rmtree(aside, ignore_errors=True)
+    if aside.exists():
+        note(f"--clobber: the old run could not be deleted whole; what is left lies in {aside}")
+
+
+def create_folder(args: Args, run: Run) -> None:
+    """Writes what a run folder begins with; the script first and args.json last."""
+    folder = args.folder
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    for temporary in [*folder.glob("*.tmp"), *folder.glob("checkpoints/*.tmp")]:
+        temporary.unlink()  # of a process that was killed while it wrote
+    write_atomically(folder / Path(__file__).name, Path(__file__).read_bytes())
+    described = {
+        "observation": space_to_dict(run.env.observation_space, bounds=False),
+        "action": space_to_dict(run.env.action_space, bounds=True),
+    }
+    path = folder / "spaces.json"
+    if path.exists() and read_json(path) != described:
+        fail(f"--env-id {args.env_id} has other spaces than when {folder} was begun: --clobber")
+    write_atomically(path, to_json(described).encode())
+    write_atomically(folder / "args.json", to_json(asdict(args)).encode())
+
+
+# Checkpoints
+class Seconds(NamedTuple):  # spent by all processes that have worked on a run
+    starting: float = 0.0  # compilation, and everything else before the first iteration
+    wall: float = 0.0  # iterations, all in all
+    acting: float = 0.0
+    learning: float = 0.0
+
+
+def checkpoint_paths(folder: Path) -> list[Path]:
+    """Returns the checkpoints of a run folder, the newest first."""
+    paths = (folder / "checkpoints").glob("*.msgpack")
+    return sorted(paths, key=lambda path: int(path.stem), reverse=True)
+
+
+def write_checkpoint(folder: Path, learner: LearnerState, seconds: Seconds) -> None:
+    """Writes a checkpoint, named by its iteration, and keeps the one before. Raises: OSError.
+
+    The file is a SHA-256 digest of 32 bytes, and then what flax.serialization makes of the state.
+    """
+    content = flax.serialization.to_bytes({"learner": learner, "seconds": seconds})
+    path = folder / "checkpoints" / f"{int(learner.iteration[0])}.msgpack"
+    write_atomically(path, hashlib.sha256(content).digest() + content)
+    for old in checkpoint_paths(folder)[2:]:
+        old.unlink()
+
+
+def read_checkpoint(path: Path, like: LearnerState) -> tuple[LearnerState, Seconds]:
+    """Returns what a checkpoint holds; `like` has its structure. Raises: ValueError, OSError."""
+    data = path.read_bytes()
+    digest, content = data[:32], data[32:]
+    if hashlib.sha256(content).digest() != digest:
+        raise ValueError("its bytes have changed")
+    found = flax.serialization.from_bytes({"learner": like, "seconds": Seconds()}, content)
+    return found["learner"], found["seconds"]
+
+
+def newest_checkpoint(folder: Path, like: LearnerState) -> tuple[LearnerState, Seconds] | None:
+    """Returns what the newest readable checkpoint holds, None where there are none.
+
+    Raises: ValueError where there are some, but none readable.
+    """
+    paths = checkpoint_paths(folder)
+    for path in paths:
+        try:
+            return read_checkpoint(path, like)
+        except (ValueError, OSError, KeyError) as error:
+            note(f"{path} is damaged ({error}), trying the one before")
+    if paths:
+        raise ValueError(f"{folder} has no readable checkpoint: restore a backup, or --clobber")
+    return None
+
+
+def last_100(learner: LearnerState) -> list[float | None]:
+    """Returns each seed's mean return of the last 100 training episodes, None before the first."""
+    means = []
+    for returns, episodes in zip(learner.returns, learner.episodes, strict=True):
+        known = returns[len(returns) - min(int(episodes), len(returns)) :]
+        means.append(float(np.mean(known)) if len(known) else None)
+    return means
+
+
+def make_result(args: Args, learner: LearnerState, seconds: Seconds) -> dict:
+    """Returns the content of result.json."""
+    iteration = int(learner.iteration[0])
+    steps = iteration * args.rollout_size * args.num_seeds
+    versions = {x.__name__: x.__version__ for x in (jax, flax, optax, envpool, gymnasium, np)}
+    cores = f"{os.cpu_count()} cores"
+    processes = f"{jax.process_count()} process(es)"
+    return {
+        "script": Path(__file__).name,
+        "env_id": args.env_id,
+        "args": args_to_dict(args),
+        "seeds": list(range(args.seed, args.seed + args.num_seeds)),
+        "finished": iteration >= args.num_iterations,
+        "timesteps": iteration * args.rollout_size,
+        "episodes": [int(x) for x in learner.episodes],
+        "episodic_return": last_100(learner),
+        "eval_return": None,
+        "wall_time": seconds.starting + seconds.wall,
+        "compile_time": seconds.starting,
+        "sps": steps / max(seconds.wall, 1e-9),
+        "sps_with_compile": steps / (seconds.starting + max(seconds.wall, 1e-9)),
+        "sps_rollout": steps / max(seconds.acting, 1e-9),
+        "sps_update": steps / max(seconds.learning, 1e-9),
+        "versions": versions,
+        "device": f"{jax.devices()[0].device_kind}, {cores}, {processes}",
+    }
+
+
+def save(args: Args, learner: LearnerState, seconds: Seconds) -> None:
+    """Writes a checkpoint and result.json.
+
+    Stops with exit code 1 where the disk takes none, or the state is not finite.
+    """
+    folder = args.folder
+    if bad := first_not_finite(learner._asdict()):
+        fail(f"{bad} is not finite after {args.env_id}'s last rollout; no checkpoint", code=1)
+    try:
+        write_checkpoint(folder, learner, seconds)
+        result = make_result(args, learner, seconds)
+        write_atomically(folder / "result.json", to_json(result).encode())
+    except OSError as error:
+        kept = checkpoint_paths(folder)
+        last = f"checkpoint {kept[0].stem} stays" if kept else "there is no earlier one"
+        fail(
+            f"--run-dir {folder} takes no checkpoint ({error.strerror}), {last}: make room", code=1
+        )
+
+
+# Logs
+class EventFile:
+    """A TensorBoard event file whose writer neither blocks nor fails.
+
+    What a full disk does not take is kept and written when there is room again.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        """Begins a file in a folder; what earlier files have from first_step on is void."""
+        name = f"events.out.tfevents.{time.time():.6f}.{platform.node()}.{os.getpid()}"
+        self.path = folder / name
+        self.pending = b""
+        self.add(Event(file_version="brain.Event:2"))
+        self.add(Event(session_log=SessionLog(status=SessionLog.START), step=first_step))
+
+    def add(self, event: Event) -> None:
+        """Takes an event, to be written with the next flush."""
+        event.wall_time = time.time()
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        self.pending += record.getvalue()
+
+    def add_summary(self, step: int, summary: Summary) -> None:
+        """Takes a summary, to be written with the next flush."""
+        self.add(Event(step=step, summary=summary))
+
+    def flush(self) -> None:
+        """Writes what is pending, as far as the disk takes it."""
+        with suppress(OSError):
+            self.path.parent.mkdir(exist_ok=True)
+            with open(self.path, "ab", buffering=0) as file:
+                while self.pending:
+                    written = file.write(self.pending)
+                    self.pending = self.pending[written:]
+
+
+def open_event_files(args: Args, run: Run, step: int) -> list[EventFile]:
+    """Returns an event file per seed, in the run folder or its sub-folders, from `step` on.
+
+    They begin with the settings, as a table and for the HParams tab, and the networks' layers.
+    """
+    settings = args_to_dict(args)
+    table = ["|setting|value|", "|-|-|", *(f"|{name}|{value}|" for name, value in settings.items())]
+    plain = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in settings.items()}
+    obs = jax.tree.map(lambda x: x[:1, 0], run.runner.time_step.obs)
+    options = {"width": 120, "force_terminal": False}
+    layers = run.network.tabulate(jax.random.PRNGKey(0), obs, console_kwargs=options)
+    files = []
+    for seed in range(args.seed, args.seed + args.num_seeds):
+        folder = args.folder / f"seed{seed}" if args.num_seeds > 1 else args.folder
+        file = EventFile(folder, first_step=step + 1)
+        file.add_summary(step, text_pb("hyperparameters", "\n".join(table)))
+        file.add_summary(step, hparams_pb(plain | {"seed": seed}, trial_id=str(folder)))
+        file.add_summary(step, text_pb("networks", f"```\n{layers}\n```"))
+        files.append(file)
+    return files
+
+
+def log(files: list[EventFile], iteration: int, last: "Iteration", args: Args) -> None:
+    """Writes an iteration's metrics [S], and sometimes histograms of its rollout."""
+    if iteration % args.log_interval:
+        return
+    step = iteration * args.rollout_size
+    for seed, file in enumerate(files):
+        known = {name: float(x[seed]) for name, x in last.metrics.items() if np.isfinite(x[seed])}
+        known["charts/SPS"] = args.num_seeds * args.rollout_size / last.seconds
+        values = [Summary.Value(tag=name, simple_value=x) for name, x in known.items()]
+        file.add_summary(step, Summary(value=values))
+        if iteration % (10 * args.log_interval) == 0:
+            for name in ("obs", "action", "reward"):
+                leaves = jax.tree.leaves(getattr(last.transition, name))
+                values = np.concatenate([np.ravel(leaf[seed]) for leaf in leaves])
+                file.add_summary(step, histogram_pb(f"rollout/{name}", values))
+        file.flush()
+
+
+# Training
+class Signals:
+    """SIGINT and SIGTERM: the first is noted, a second SIGINT ends the process at once."""
+
+    def __init__(self) -> None:
+        self.first = 0  # the signal's number; 0: none yet
+        signal.signal(signal.SIGINT, self.receive)
+        signal.signal(signal.SIGTERM, self.receive)
+
+    def receive(self, number: int, frame: Any) -> None:
+        """Handles a signal, in the main thread, which never waits for an environment."""
+        name = signal.Signals(number).name
+        if not self.first:
+            self.first = number
+            note(f"{name}: ending after this iteration, or in {GRACE} s as the last one left it")
+        elif number == signal.SIGINT:
+            note(f"{name} again: ending at once, the last checkpoint stays")
+            leave(128 + number)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process and its children at once, also where a thread hangs in an environment."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(code)
+
+
+def wait(future: Future, signals: Signals) -> Any:
+    """Returns the result of work in another thread, None if it takes GRACE s after a signal."""
+    while not signals.first:
+        with suppress(TimeoutError):
+            return future.result(timeout=0.5)
+    with suppress(TimeoutError):
+        return future.result(timeout=GRACE)
+    return None
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Adds the time that a block takes to seconds[name]."""
+    began = time.perf_counter()
+    yield
+    seconds[name] += time.perf_counter() - began
+
+
+class Iteration(NamedTuple):  # what one rollout and its update leave behind
+    learner: LearnerState  # on the host: what the next rollout acts by, and a checkpoint holds
+    runner: RunnerState
+    transition: Transition  # on the host
+    metrics: dict[str, np.ndarray]  # [S]
+    seconds: float
+
+
+def iterate(
+    run: Run, learn: Callable, runner: RunnerState, learner: LearnerState, seconds: dict
+) -> Iteration:
+    """Returns what a rollout and an update make of a runner and of learners on the host."""
+    began = time.perf_counter()
+    with timed(seconds, "acting"):
+        runner, transition = run.act(runner, learner._replace(opt_state=None))
+        transition = jax.device_get(transition)
+    with timed(seconds, "learning"):
+        learner, metrics = learn(learner, transition)
+        learner, metrics = jax.device_get((learner, metrics))
+    return Iteration(
+        learner=learner,
+        runner=runner,
+        transition=transition,
+        metrics=metrics,
+        seconds=time.perf_counter() - began,
+    )
 
 
 def train(args: Args, mesh: Mesh) -> None:
-    """Trains to the end, from the newest checkpoint if there is one; SIGINT and SIGTERM end it after the iteration."""
-    clock, began, chief, signals, writers = time.perf_counter, time.perf_counter(), jax.process_index() == 0, [], []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: signals.append(number))
-    act, runner, network, learner, _env = make_run(args)  # a pool freed too early takes the process with it
-    manager, learner, seconds = open_folder(args, learner)
-    first, total, batch_size = int(learner.iteration[0]), args.num_iterations, args.num_envs * args.num_steps
-    if first >= total:
-        return print(f"{args.folder} is finished, {first * batch_size} steps: raise --total-timesteps, or --clobber")
-    specs = PartitionSpec("seed"), PartitionSpec("seed", None, "process")  # of leaves [S, ...] and [S, T, N, ...]
-    learn = jax.vmap(partial(update, network=network, args=replace(args, distributed=mesh.shape["process"] > 1)))
-    learn = jax.shard_map(learn, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
-    learn, put = jax.jit(learn, donate_argnums=0), multihost_utils.host_local_array_to_global_array
-    learner = put(learner, mesh, specs[0])
-    plain = {"mininterval": 10, "bar_format": "{n_fmt} of {total_fmt} steps, {rate_fmt}, {remaining} left{postfix}\n"}
-    steps = {"total": total * batch_size, "initial": first * batch_size, "unit": "step", "unit_scale": args.num_seeds}
-    marks, bar = [clock()], tqdm(disable=not chief, **steps, **({} if sys.stderr.isatty() else plain))
-    seconds = seconds + np.array([0, 0, marks[0] - began, 0])
-    for iteration in range(first + 1, total + 1):
-        marks = [marks[-1], clock()]
-        runner, transition = jax.block_until_ready(act(runner, jax.device_get(learner._replace(opt_state=None))))
-        marks.append(clock())
-        data = put(jax.device_get(transition), mesh, specs[1])
-        learn = learn.lower(learner, data).compile() if iteration == first + 1 else learn
-        marks.append(clock())
-        learner, metrics = learn(learner, data)
-        metrics = jax.device_get(metrics)
-        marks.append(clock())
-        seconds = seconds + np.diff(marks)
-        if bad := [name for name in metrics if "charts" not in name and not np.isfinite(metrics[name]).all()]:
-            bar.close()
-            fail(f"iteration {iteration}: {bad[0]} is not finite; checkpoint {manager.latest_step()} stays", code=1)
-        if chief and iteration % args.log_interval == 0:
-            writers = writers or open_writers(args, network, runner, first * batch_size)
-            metrics["charts/SPS"] = np.full(args.num_seeds, args.num_seeds * batch_size / (marks[-1] - marks[0]))
-            log(writers, iteration * batch_size, metrics, transition, iteration % (10 * args.log_interval) == 0)
-        bar.set_postfix_str(f"return {metrics['charts/episodic_return_100'].mean():.1f}", refresh=False)
-        bar.update(batch_size)
-        if args.distributed:
-            signals = [int(multihost_utils.process_allgather(np.array([*signals, 0])[0]).max())]
-        if chief and (any(signals) or iteration == total or iteration % args.checkpoint_interval == 0):
-            save(args, manager, jax.device_get(learner), seconds)
-        if any(signals):
-            sys.exit(128 + signals[0])
+    """Trains to the end, from the newest checkpoint if there is one."""
+    began = time.perf_counter()
+    chief = jax.process_index() == 0
+    if chief:
+        check_folder(args)
+        if not args.clobber and report_finished(args):
+            return
+    run = make_run(args, seeds_of_envs(args))
+    learn = compile_update(run, mesh)
+    learner, seconds, _lock = open_folder(args, run)
+    first = int(learner.iteration[0])
+    seconds = seconds._asdict()
+    seconds["starting"] += time.perf_counter() - began
+
+    signals = Signals()
+    worker = ThreadPoolExecutor(max_workers=1)
+    files = open_event_files(args, run, first * args.rollout_size) if chief else []
+    runner = run.runner
+    with progress_bar(args, first, chief) as bar:
+        for iteration in range(first + 1, args.num_iterations + 1):
+            with timed(seconds, "wall"):
+                future = worker.submit(iterate, run, learn, runner, learner, seconds)
+                last = wait(future, signals)
+                if last is None:  # it takes longer than a cluster gives
+                    save_and_leave(args, learner, seconds, signals.first)
+                if run.env.failures:
+                    fail(f"iteration {iteration}: {run.env.failures[0]}", code=1)
+                check_finite(iteration, last)
+                learner, runner = last.learner, last.runner
+                if chief:
+                    log(files, iteration, last, args)
+                    show_progress(bar, last.metrics, args)
+            stopping = agree_on_signal(signals, args)
+            due = iteration % args.checkpoint_interval == 0 or iteration == args.num_iterations
+            if chief and (due or stopping):
+                save(args, learner, Seconds(**seconds))
+            if stopping:
+                sys.exit(128 + stopping)
 
 
-def evaluate(asked: Args) -> None:
-    """Runs the newest checkpoint's policies, one episode in each of many environments, and says how they did."""
-    if not ((folder := asked.folder) / "args.json").exists():
-        fail(f"--run-dir {folder} holds no run: train first, or name its folder")
-    saved = json.loads((folder / "args.json").read_text()) | {"mode": "eval", "run_dir": str(folder), "num_steps": 100}
-    args = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()} | {"num_envs": asked.eval_episodes}
-    act, runner, network, learner, env = make_run(args := Args(**args))
-    _, learner, _ = open_folder(args, learner)
-    returns = np.full((args.num_seeds, args.num_envs), np.nan)
-    while np.isnan(returns).any():
-        runner, transition = act(runner, learner._replace(opt_state=None))
-        ended = np.asarray(transition.done * transition.mask) > 0  # [S, T, N]
-        ends = np.take_along_axis(np.asarray(transition.episodic_return), ended.argmax(1)[:, None], axis=1)[:, 0]
-        returns = np.where(np.isnan(returns) & ended.any(1), ends, returns)
-    rows = [{"mean": float(x.mean()), "std": float(x.std()), "episodes": len(x)} for x in returns]
-    for seed, row in enumerate(rows, args.seed):
-        solved = "" if env.threshold is None else f"; solved from {env.threshold:g}: {row['mean'] >= env.threshold}"
-        print(f"seed {seed}: return {row['mean']:.2f} +- {row['std']:.2f} over {row['episodes']} episodes{solved}")
-    write_json(folder / "result.json", json.loads((folder / "result.json").read_text()) | {"eval_return": rows})
-    if asked.video:
-        film(args, env, network, jax.tree.map(lambda x: x[0], learner))
+def save_and_leave(args: Args, learner: LearnerState, seconds: dict, number: int) -> NoReturn:
+    """Ends the process at a signal while an iteration goes on, as the last one left the learner."""
+    if jax.process_index() == 0:
+        save(args, learner, Seconds(**seconds))
+    leave(128 + number)
 
 
-def film(args: Args, env: Environment, network: nn.Module, learner: LearnerState) -> None:
-    """Films one deterministic episode as videos/<env-id>.mp4 and .gif, MuJoCo through Gymnasium's own environment."""
-    os.environ.setdefault("MUJOCO_GL", "egl")
-    native = "mujoco" not in str(envpool.registration.registry.specs.get(args.env_id, "mujoco"))
-    make, apply = partial(envpool.make, env_type="gymnasium") if native else gymnasium.make_vec, jax.jit(network.apply)
+def agree_on_signal(signals: Signals, args: Args) -> int:
+    """Returns the number of a signal that any of the processes has had, or 0."""
+    if not args.distributed:
+        return signals.first
+    received = multihost_utils.process_allgather(np.array(signals.first))
+    return int(received.max())
+
+
+def report_finished(args: Args) -> bool:
+    """Returns whether the run in the folder is finished, and says so; mends its result.json."""
+    paths = checkpoint_paths(args.folder)
+    if not paths or int(paths[0].stem) < args.num_iterations:
+        return False
+    steps = int(paths[0].stem) * args.rollout_size
+    print(f"{args.folder} is finished, {steps} steps: raise --total-timesteps, or --clobber")
+    with suppress(OSError):
+        if read_result(args.folder) is None:
+            saved = read_run(args.folder)
+            result = make_result(saved.args, saved.learner, saved.seconds)
+            write_atomically(args.folder / "result.json", to_json(result).encode())
+    return True
+
+
+def open_folder(args: Args, run: Run) -> tuple[LearnerState, Seconds, Any]:
+    """Returns the newest learner, the seconds spent before, and the folder's lock.
+
+    Stops with exit code 2 at a folder that is another run's, locked, unreadable or unwritable.
+    """
+    folder = args.folder
+    lock = None
     try:
-        vector, frames, done = make(args.env_id, num_envs=1, render_mode="rgb_array"), [], False
-        obs, _ = vector.reset()
-        while not np.any(done):
-            frames.append(np.asarray(vector.render()[0]))
-            obs = jax.tree.map(lambda x, s: normalize(np.float32(x), s, args.clip_obs), obs, learner.obs_stats)
-            action = bounded(apply(learner.params, obs)[0].mean, env.action_space, args)
-            obs, _, *done, _ = vector.step(np.asarray(action))
-    except Exception as error:  # no OpenGL, no such environment in Gymnasium: whatever keeps a renderer from working
-        return print(f"--video: {args.env_id} cannot be filmed, see README: {str(error)[:99]}", file=sys.stderr)
-    path = args.folder / "videos" / args.env_id.replace("/", "_").replace(":", "_")
-    path.parent.mkdir(exist_ok=True)
-    imageio.v3.imwrite(f"{path}.mp4", np.stack(frames), fps=30)
-    imageio.v3.imwrite(f"{path}.gif", np.stack(frames)[:300:3, ::2, ::2], duration=100, loop=0)
-    print(f"filmed {len(frames)} steps: {path}.mp4, {path}.gif")
+        if jax.process_index() == 0:
+            if args.clobber:
+                clobber(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = lock_folder(folder)
+            check_folder(replace(args, clobber=False))
+            say_what_changes(args)
+            create_folder(args, run)
+        multihost_utils.sync_global_devices("run folder")
+        found = newest_checkpoint(folder, run.learner)
+    except OSError as error:
+        fail(f"--run-dir {folder} cannot be written ({error.strerror}): give another, or make room")
+    except ValueError as error:
+        fail(f"--run-dir {error}")
+    if found is None:
+        return run.learner, Seconds(), lock
+    return *found, lock
+
+
+def say_what_changes(args: Args) -> None:
+    """Says where a run will end, and what a raised --total-timesteps does to what is annealed."""
+    steps = args.num_iterations * args.rollout_size
+    if steps != args.total_timesteps:
+        note(
+            f"ends after {steps} steps, {args.num_iterations} whole rollouts of {args.rollout_size}"
+        )
+    paths = checkpoint_paths(args.folder)
+    if not paths:
+        return
+    before = read_json(args.folder / "args.json")["total_timesteps"]
+    annealed = [x for x in vars(args) if x.startswith("anneal_") and getattr(args, x)]
+    if before != args.total_timesteps and annealed:
+        done = int(paths[0].stem)
+        was = 1 - min(done / max(before // args.rollout_size, 1), 1)
+        now = 1 - done / args.num_iterations
+        names = ", ".join(flag(x) for x in annealed)
+        change = f"goes on from {now:.3f} of its first value; it had come down to {was:.3f}"
+        note(f"--total-timesteps {args.total_timesteps} (before: {before}): {names} {change}")
+
+
+def progress_bar(args: Args, first: int, visible: bool) -> tqdm:
+    """Returns a live line in a terminal; elsewhere it prints plain lines, every ten seconds."""
+    form = {}
+    if not sys.stderr.isatty():
+        line = "{n_fmt} of {total_fmt} steps, {rate_fmt}, {remaining} left{postfix}\n"
+        form = {"mininterval": 10, "bar_format": line}
+    return tqdm(
+        disable=not visible,
+        initial=first * args.rollout_size,
+        total=args.num_iterations * args.rollout_size,
+        unit="step",
+        unit_scale=args.num_seeds,
+        **form,
+    )
+
+
+def show_progress(bar: tqdm, metrics: dict, args: Args) -> None:
+    """Moves the progress line on by an iteration; nobody need be listening."""
+    mean = np.mean(metrics["charts/episodic_return_100"])
+    with suppress(OSError, ValueError):
+        bar.set_postfix_str("" if np.isnan(mean) else f"return {mean:.1f}", refresh=False)
+        bar.update(args.rollout_size)
+
+
+# Evaluation
+class SavedRun(NamedTuple):  # what a run folder holds
+    args: Args
+    observation_space: spaces.Space
+    action_space: spaces.Space
+    learner: LearnerState  # [S, ...], on the host
+    seconds: Seconds
+
+
+def read_run(folder: Path) -> SavedRun:
+    """Returns what a run folder holds, without environments. Raises: ValueError, OSError."""
+    name = Path(__file__).name
+    if other_script(folder):
+        raise ValueError(f"{folder} holds a run of {other_script(folder)}, not of {name}")
+    if not holds_run(folder):
+        raise ValueError(f"{folder} holds no run of {name}: train first, or name its folder")
+    if changed := changed_definitions(folder):
+        note(f"{folder} was trained by another version of this script, differing in: {changed}")
+    try:
+        args = args_from_dict(read_json(folder / "args.json"))
+        described = read_json(folder / "spaces.json")
+        observation_space = space_from_dict(described["observation"])
+        action_space = space_from_dict(described["action"])
+    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+        raise ValueError(f"{folder} is not readable ({error}): use its own {name}") from error
+    args = replace(args, run_dir=str(folder))
+    network = ActorCritic(action_space, args)
+    like = jax.eval_shape(make_learner(args, observation_space, network))
+    found = newest_checkpoint(folder, like)
+    if found is None:
+        raise ValueError(f"{folder} has no checkpoint yet: wait for the first, or train on")
+    learner, seconds = found
+    return SavedRun(args, observation_space, action_space, learner, seconds)
+
+
+def read_result(folder: Path) -> dict | None:
+    """Returns the content of result.json, None where it is missing or damaged."""
+    try:
+        return read_json(folder / "result.json")
+    except (OSError, ValueError):
+        return None
+
+
+class Policy:
+    """A trained policy: `action = policy(obs)`, for one observation or a batch of them."""
+
+    def __init__(self, saved: SavedRun, index: int) -> None:
+        """Takes a run and which of its seeds acts."""
+        self.args = saved.args
+        self.observation_space = saved.observation_space
+        self.action_space = saved.action_space
+        self.network = ActorCritic(saved.action_space, saved.args)
+        learner = jax.tree.map(lambda x: x[index], saved.learner._replace(opt_state=None))
+        self.learner = learner
+        self.random = np.random.default_rng()
+        self.compiled = jax.jit(self.act)
+
+    def act(self, learner: LearnerState, obs: Any, noise: Array) -> Array:
+        """Returns the environment's actions [B, ...] for encoded observations [B, ...]."""
+        normalize_leaf = partial(normalize, bound=self.args.clip_obs)
+        obs = jax.tree.map(normalize_leaf, obs, learner.obs_stats)
+        policy, _ = self.network.apply(learner.params, obs)
+        return env_action(sample_action(policy, noise), self.action_space, self.args)
+
+    def __call__(self, obs: Any, deterministic: bool = True) -> np.ndarray:
+        """Returns the action of one observation, or actions [B, ...] of a batch.
+
+        Args:
+            obs: as the environment gives it: an array, or dicts and tuples of arrays.
+            deterministic: the policy's mean; otherwise a sample.
+        """
+        encoded = encode_obs(obs, self.observation_space)
+        one = encode_obs(empty_obs(self.observation_space), self.observation_space)
+        single = jax.tree.leaves(encoded)[0].ndim == jax.tree.leaves(one)[0].ndim
+        if single:
+            encoded = jax.tree.map(lambda x: x[None], encoded)
+        batch = len(jax.tree.leaves(encoded)[0])
+        shape = (batch, math.prod(self.action_space.shape))
+        noise = np.zeros(shape) if deterministic else self.random.standard_normal(shape)
+        action = self.compiled(self.learner, encoded, jnp.asarray(noise, jnp.float32))
+        action = as_space_dtype(np.asarray(action), self.action_space)
+        return action[0] if single else action
+
+
+def load(run_folder: str | Path, seed: int | None = None) -> Policy:
+    """Returns the trained policy of a run folder; no environment is started.
+
+    Args:
+        seed: which of a folder's seeds; the first where none is given.
+
+    Raises: ValueError where the folder holds no readable run of this script, or not that seed.
+    """
+    saved = read_run(Path(run_folder).resolve())
+    index = 0 if seed is None else seed - saved.args.seed
+    if not 0 <= index < saved.args.num_seeds:
+        raise ValueError(f"{run_folder} has no seed {seed}")
+    return Policy(saved, index)
+
+
+def asked_of(folder: Path, command_line: list[str]) -> tuple[Args, SavedRun]:
+    """Returns what the command line asks of a run's evaluation, and the run.
+
+    Stops with exit code 2 at a flag that contradicts the run. Raises: ValueError, OSError.
+    """
+    saved = read_run(folder)
+    trained = saved.args
+    plain = replace(trained, mode="eval", video=False, distributed=False, platform="auto")
+    asked = parse(command_line, default=plain)
+    for name in vars(asked):
+        value = getattr(trained, name)
+        if getattr(asked, name) != value and name not in FREE:
+            fail(f"{folder} was trained with {flag(name)} {value}: leave {flag(name)} out")
+    return asked, saved
+
+
+class Played(NamedTuple):  # evaluation episodes
+    returns: list[list[float]]  # of each seed
+    left: np.ndarray  # [S, N], how many each environment has still to play
+    endless: int  # how many were cut after eval_steps
+
+
+def play(run: Run, learner: LearnerState, episodes: int) -> Played:
+    """Returns the returns of `episodes` deterministic episodes for each seed.
+
+    Every environment plays its share, so that short episodes weigh no more than long ones.
+    Stops with exit code 1 where an environment fails, or returns what is not finite.
+    """
+    args = run.args
+    left = np.full((args.num_seeds, args.num_envs), episodes // args.num_envs)
+    left[:, : episodes % args.num_envs] += 1
+    played = Played(returns=[[] for _ in range(args.num_seeds)], left=left, endless=0)
+    runner = run.runner
+    acting = learner._replace(opt_state=None)
+    worker = ThreadPoolExecutor(max_workers=1)  # another thread acts, so that Ctrl-C is heard
+    with tqdm(total=int(left.sum()), unit="episode") as bar:
+        while played.left.any():
+            runner, transition = worker.submit(run.act, runner, acting).result()
+            transition = jax.device_get(transition)
+            if run.env.failures:
+                fail(run.env.failures[0], code=1)
+            bad = first_not_finite({"observation": transition.obs, "reward": transition.reward})
+            if bad:
+                fail(f"--env-id {args.env_id}: the environment's {bad} is not finite", code=1)
+            played = add_episodes(played, transition, args.eval_steps)
+            with suppress(OSError, ValueError):
+                bar.update(bar.total - int(played.left.sum()) - bar.n)
+    return played
+
+
+def add_episodes(played: Played, transition: Transition, eval_steps: int) -> Played:
+    """Returns what was played, with the episodes that ended in a rollout [S, T, N, ...].
+
+    An environment whose episode is longer than eval_steps plays no further one.
+    """
+    returns = [list(x) for x in played.returns]
+    left = played.left.copy()
+    endless = played.endless
+    ended = transition.done * transition.mask
+    for seed, step, env in np.argwhere(ended > 0):
+        if left[seed, env] > 0:
+            left[seed, env] -= 1
+            returns[seed].append(float(transition.episodic_return[seed, step, env]))
+    for seed, env in np.argwhere(transition.episodic_length[:, -1] >= eval_steps):
+        if left[seed, env] > 0:
+            left[seed, env] = 0
+            returns[seed].append(float(transition.episodic_return[seed, -1, env]))
+            endless += 1
+    return Played(returns=returns, left=left, endless=endless)
+
+
+def evaluate(args: Args, saved: SavedRun) -> None:
+    """Runs a saved run's policies, says how they did, and writes it to result.json."""
+    size = min(args.num_envs, args.eval_episodes)  # no more environments than training had
+    playing = replace(args, num_envs=size, num_steps=100)
+    run = make_run(playing, seeds_of_envs(playing, 1), new=False)
+    played = play(run, saved.learner, args.eval_episodes)
+    rows = []
+    for seed, found in enumerate(played.returns, args.seed):
+        row = {"mean": float(np.mean(found)), "std": float(np.std(found)), "episodes": len(found)}
+        line = f"seed {seed}: return {row['mean']:.2f} +- {row['std']:.2f}"
+        line += f" over {len(found)} episodes, {min(found):.2f} to {max(found):.2f}"
+        if run.env.threshold is not None:
+            solved = row["mean"] >= run.env.threshold
+            line += f"; solved from {run.env.threshold:g}: {solved}"
+        rows.append(row)
+        print(line, flush=True)
+    if played.endless:
+        note(f"{played.endless} episodes had not ended after --eval-steps {args.eval_steps}")
+    result = read_result(args.folder) or make_result(saved.args, saved.learner, saved.seconds)
+    result["eval_return"] = rows
+    try:
+        write_atomically(args.folder / "result.json", to_json(result).encode())
+    except OSError as error:
+        note(f"{args.folder}/result.json is left as it was: {error.strerror}")
+    if args.video:
+        film(args, saved)
+
+
+def film(args: Args, saved: SavedRun) -> None:
+    """Films an episode of the first seed as videos/<env-id>.mp4 and .gif.
+
+    MuJoCo is filmed by Gymnasium's own environment of that name. In a run folder that cannot be
+    written, the films go to the current directory.
+    """
+    os.environ.setdefault("MUJOCO_GL", "egl")
+    env_id = args.env_id
+    if "mujoco" in str(envpool.registration.registry.specs.get(env_id, "")):
+        env_id = f"gymnasium:{env_id}"
+    one = replace(args, env_id=env_id, num_envs=1, num_seeds=1, num_steps=1, vectorization="sync")
+    learner = jax.tree.map(lambda x: x[:1], saved.learner._replace(opt_state=None))
+    frames = []
+    try:
+        run = make_run(one, seeds_of_envs(one, 1), new=False, render=True)
+        runner = run.runner
+        ended = False
+        while not ended and len(frames) < args.eval_steps:
+            frames.append(run.env.render())
+            runner, transition = run.act(runner, learner)
+            ended = bool(transition.done.any()) or bool(run.env.failures)
+        folder = args.folder if os.access(args.folder, os.W_OK) else Path.cwd()
+        path = folder / "videos" / args.env_id.replace("/", "_").replace(":", "_")
+        path.parent.mkdir(exist_ok=True)
+        imageio.v3.imwrite(f"{path}.mp4", np.stack(frames), fps=30)
+        imageio.v3.imwrite(f"{path}.gif", np.stack(frames)[:300:3, ::2, ::2], duration=100, loop=0)
+    except Failure as failure:
+        note(f"--video: {failure}")
+    except Exception as error:  # no OpenGL, no ffmpeg, no room: whatever keeps one from filming
+        note(f"--video: {args.env_id} cannot be filmed, see README: {describe(error)}")
+    else:
+        print(f"filmed {len(frames)} steps: {path}.mp4, {path}.gif")
+
+
+def parse(command_line: list[str], default: Args) -> Args:
+    """Returns the settings of a command line. Exits at --help (0) and at an unknown flag (2)."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
+    args = tyro.cli(Args, args=command_line, default=default, description=__doc__)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    return args
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
-    mesh = configure(args)
-    validate(args)
-    train(args, mesh) if args.mode == "train" else evaluate(args)
+    """Trains or evaluates, as the command line says."""
+    try:
+        args = parse(sys.argv[1:], default=Args())
+        validate(args)
+        mesh = configure(args)
+        if args.mode == "train":
+            train(args, mesh)
+        else:
+            try:
+                args, saved = asked_of(args.folder, sys.argv[1:])
+            except (ValueError, OSError) as error:
+                fail(f"--run-dir {error}")
+            validate(args)
+            evaluate(args, saved)
+    except Failure as failure:
+        note(str(failure))
+        raise
+    except KeyboardInterrupt:
+        note("SIGINT: nothing more is written")
+        leave(128 + signal.SIGINT)
+    finally:
+        for child in multiprocessing.active_children():
+            child.kill()
 
 
 if __name__ == "__main__":

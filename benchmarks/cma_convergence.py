@@ -1,11 +1,13 @@
-"""Learning curves of PPO-CMA-m against PPO, each with the paper's settings, as in arXiv 1810.02541: two plots.
+"""Learning curves of PPO-CMA-m against PPO, each with the settings of arXiv 1810.02541: two plots.
 
-    python benchmarks/cma_convergence.py  # over environments, N = 8000, 1M steps, 5 seeds: cma_convergence.png
-    python benchmarks/cma_convergence.py --plot humanoid --env-ids Humanoid-v4 --total-timesteps 10000000 --num-seeds 3
-    python benchmarks/cma_convergence.py --env-ids Hopper-v4 --total-timesteps 100000 --num-seeds 2  # in minutes
+    python benchmarks/cma_convergence.py  # environments, N = 8000, 1M steps: cma_convergence.png
+    python benchmarks/cma_convergence.py --plot humanoid --env-ids Humanoid-v4 \\
+        --total-timesteps 10000000 --num-seeds 3  # cma_humanoid.png
+    python benchmarks/cma_convergence.py --env-ids Hopper-v4 --total-timesteps 100000 --num-seeds 2
 
-Runs are in runs/ppo_cma/; the same command again goes on where it stopped. The data lie beside the picture; the table
-has the mean return of each seed's last 100 episodes, and a 95 % bootstrap interval of the mean over seeds.
+Runs are in runs/ppo_cma/; the same command again goes on where it stopped. The data lie beside the
+picture; the table has the mean return of each seed's last 100 episodes, and a 95 % bootstrap
+interval of the mean over seeds.
 """
 
 import json
@@ -31,36 +33,47 @@ PLOTS = {  # N = num_envs x 1000; all with --action-repeat 2
         "ppo": "--algorithm ppo --num-envs 32 --batch-size 128 --clip-coef 0.0025",
     },
 }
+ENVIRONMENTS = (
+    "InvertedDoublePendulum-v4",
+    "Hopper-v4",
+    "Walker2d-v4",
+    "HalfCheetah-v4",
+    "Ant-v4",
+)
 
 
 def interval(returns: list[float]) -> str:
-    """Returns the mean over seeds, its 95 % bootstrap interval where there are several, and the seeds."""
+    """Returns the mean over seeds, its 95 % bootstrap interval if there are several, the seeds."""
     found = f"{np.mean(returns):.0f}"
     if len(returns) > 1:
-        bounds = bootstrap((returns,), np.mean, method="percentile", rng=0).confidence_interval
+        sampled = bootstrap((returns,), np.mean, method="percentile", rng=0)
+        bounds = sampled.confidence_interval
         found += f" [{bounds.low:.0f}, {bounds.high:.0f}]"
     return f"{found} ({', '.join(f'{x:.0f}' for x in returns)})"
 
 
 def main(
-    env_ids: tuple[str, ...] = ("InvertedDoublePendulum-v4", "Hopper-v4", "Walker2d-v4", "HalfCheetah-v4", "Ant-v4"),
+    env_ids: tuple[str, ...] = ENVIRONMENTS,
     plot: Literal["convergence", "humanoid"] = "convergence",
     total_timesteps: int = 1_000_000,
     num_seeds: int = 5,
     out: Path = ROOT / "benchmarks/results",
 ) -> None:
+    """Trains what is missing, draws the plot, and prints the table."""
     folders = []
     for env_id in env_ids:
         for name, flags in PLOTS[plot].items():
             folder = Path("runs/ppo_cma") / env_id / f"{name}-{plot}" / f"seeds{num_seeds}"
-            run = [sys.executable, str(ROOT / "ppo_cma.py"), "--env-id", env_id, "--action-repeat", "2", *flags.split()]
+            run = [sys.executable, str(ROOT / "ppo_cma.py"), "--env-id", env_id, *flags.split()]
+            run += ["--action-repeat", "2", "--exp-name", name, "--run-dir", str(folder)]
             run += ["--total-timesteps", str(total_timesteps), "--num-seeds", str(num_seeds)]
-            subprocess.run([*run, "--exp-name", name, "--run-dir", str(folder)], check=True)
+            subprocess.run(run, check=True)
             folders.append(folder)
     plot_curves(tuple(folders), out / f"cma_{plot}.png")
     for folder in folders:
         result = json.loads((folder / "result.json").read_text())
-        print(result["env_id"], result["args"]["exp_name"], interval(result["episodic_return"]))
+        name = result["args"]["exp_name"]
+        print(result["env_id"], name, interval(result["episodic_return"]))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""How policies move on a quadratic without states: PPO against PPO-CMA-m, and a full covariance against a diagonal one.
+"""How policies move on a quadratic without states: PPO against PPO-CMA-m.
 
-    python benchmarks/cma_didactic.py  # cma_didactic.gif, cma_didactic.png, cma_full.png and their data, as JSON
+    python benchmarks/cma_didactic.py  # cma_didactic.gif and .png, cma_full.png
 
-The reward is -|a|^2 for actions in [-2, 2]^2, the first policy N((-1, -1), 0.25^2), an iteration 64 actions, H = 5, as
-in arXiv 1810.02541. The last picture is of a valley at 45 degrees, which a diagonal covariance cannot follow.
+The reward is -|a|^2 for actions in [-2, 2]^2, the first policy N((-1, -1), 0.25^2), an iteration
+64 actions, H = 5, as in arXiv 1810.02541. cma_full.png is of a valley at 45 degrees, which a full
+covariance can follow and a diagonal one cannot.
 """
 
 import json
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +26,12 @@ import ppo_cma as cma
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-NAMES = {"pg": "policy gradient", "pg-pos": "positive advantages only", "ppo": "PPO", "ppo-cma-m": "PPO-CMA-m"}
+NAMES = {
+    "pg": "policy gradient",
+    "pg-pos": "positive advantages only",
+    "ppo": "PPO",
+    "ppo-cma-m": "PPO-CMA-m",
+}
 
 
 def quadratic(action: np.ndarray) -> np.ndarray:
@@ -34,44 +41,82 @@ def quadratic(action: np.ndarray) -> np.ndarray:
 
 def valley(action: np.ndarray) -> np.ndarray:
     """Returns the reward of actions [N, 2] in a valley 20 times as long as wide, at 45 degrees."""
-    along, across = (action[:, 0] + action[:, 1]) / 2**0.5, (action[:, 0] - action[:, 1]) / 2**0.5
+    along = (action[:, 0] + action[:, 1]) / 2**0.5
+    across = (action[:, 0] - action[:, 1]) / 2**0.5
     return -(np.square(along) + 400 * np.square(across))
 
 
-def optimize(reward: callable, algorithm: str, iterations: int = 20, seed: int = 1, size: int = 2, **settings) -> dict:
-    """Returns actions [iterations, N, U], mean [iterations, U] and covariance [iterations, U, U] of the policies."""
-    defaults = {"num_envs": 64, "num_steps": 1, "action_repeat": 1, "gamma": 0.0, "time_scale": 0.0, "batch_size": 64}
-    defaults |= {"init_mean": -0.5, "init_std": 0.125, "history_size": 5, "total_timesteps": 10**6}
+def covariance(policy: cma.Gaussian) -> np.ndarray:
+    """Returns the covariance [U, U] of the policy for the first of its states."""
+    factor = np.eye(policy.mean.shape[1])
+    if policy.skew is not None:
+        factor = factor + policy.skew[0]
+    factor = np.diag(np.exp(policy.log_std[0])) @ factor
+    return factor @ factor.T
+
+
+def one_step_episodes(obs: np.ndarray, action: np.ndarray, reward: np.ndarray) -> cma.Transition:
+    """Returns a rollout of N episodes of a single step, each of which terminates."""
+    one = np.ones((1, len(action)), np.float32)
+    return cma.Transition(
+        obs=obs,
+        action=action[None],
+        reward=reward[None],
+        terminated=one,
+        done=one,
+        mask=one,
+        episodic_return=reward[None],
+        episodic_length=one,
+        discounted_return=reward[None],
+    )
+
+
+def optimize(
+    reward: Callable, algorithm: str, iterations: int = 20, seed: int = 1, **settings
+) -> dict[str, np.ndarray]:
+    """Returns actions [iterations, N, 2], and mean and covariance of the policies that acted."""
+    defaults = {
+        "num_envs": 64,
+        "num_steps": 1,
+        "action_repeat": 1,
+        "gamma": 0.0,
+        "time_scale": 0.0,
+        "batch_size": 64,
+        "init_mean": -0.5,
+        "init_std": 0.125,
+        "history_size": 5,
+    }
     args = cma.Args(algorithm=algorithm, **defaults | settings)
-    network = cma.ActorCritic(gymnasium.spaces.Box(-2, 2, (size,), np.float32), args)
+    network = cma.ActorCritic(gymnasium.spaces.Box(-2, 2, (2,), np.float32), args)
     init = partial(cma.init_learner, obs=np.zeros(1, np.float32), network=network, args=args)
     learner = jax.jit(init)(np.uint32(seed))
     update = jax.jit(partial(cma.update, network=network, args=args))
-    obs, one = np.zeros((2, args.num_envs, 1, 1), np.float32), np.ones((1, args.num_envs), np.float32)
-    noise, found = np.random.default_rng(seed), {"action": [], "mean": [], "covariance": []}
+    obs = np.zeros((2, args.num_envs, 1, 1), np.float32)
+    random = np.random.default_rng(seed)
+    found = {"action": [], "mean": [], "covariance": []}
     for _ in range(iterations):
         policy, _ = network.apply(learner.params, obs[0, :, 0])
-        draws = noise.standard_normal((args.num_envs, size)).astype(np.float32)
-        action = np.clip(np.asarray(cma.sample_action(policy, draws)), -2, 2)
-        factor = np.diag(np.exp(policy.log_std[0])) @ (np.eye(size) + (0 if policy.skew is None else policy.skew[0]))
-        for name, x in (("action", action), ("mean", policy.mean[0]), ("covariance", factor @ factor.T)):
-            found[name].append(np.asarray(x))
-        rewards = reward(action)[None].astype(np.float32)
-        # episodes of one step: each ends, terminated
-        transition = cma.Transition(obs, action[None], rewards, one, one, one, rewards, one, rewards)
-        learner, _ = update(learner, transition)
+        noise = random.standard_normal((args.num_envs, 2)).astype(np.float32)
+        action = np.clip(np.asarray(cma.sample_action(policy, noise)), -2, 2)
+        found["action"].append(action)
+        found["mean"].append(np.asarray(policy.mean[0]))
+        found["covariance"].append(covariance(policy))
+        rewards = reward(action).astype(np.float32)
+        learner, _ = update(learner, one_step_episodes(obs, action, rewards))
     return {name: np.stack(x) for name, x in found.items()}
 
 
-def draw(axis: plt.Axes, run: dict, i: int, reward: callable) -> None:
-    """Draws iteration i of a run: level lines, actions, mean and two standard deviations of the policy."""
+def draw(axis: plt.Axes, run: dict, i: int, reward: Callable) -> None:
+    """Draws iteration i of a run: level lines, actions, mean and two standard deviations."""
     x = np.linspace(-2, 2, 101)
     grid = np.stack(np.meshgrid(x, x), axis=-1)
-    axis.contour(x, x, reward(grid.reshape(-1, 2)).reshape(101, 101), levels=8, colors="0.8", linewidths=0.7)
+    levels = reward(grid.reshape(-1, 2)).reshape(101, 101)
+    axis.contour(x, x, levels, levels=8, colors="0.8", linewidths=0.7)
     angle = np.linspace(0, 2 * np.pi, 100)
-    ellipse = 2 * np.linalg.cholesky(run["covariance"][i]) @ np.stack([np.cos(angle), np.sin(angle)])
+    circle = np.stack([np.cos(angle), np.sin(angle)])
+    ellipse = run["mean"][i][:, None] + 2 * np.linalg.cholesky(run["covariance"][i]) @ circle
     axis.plot(*run["action"][i].T, ".", color="C0", markersize=3)
-    axis.plot(*(run["mean"][i][:, None] + ellipse), color="C3")
+    axis.plot(*ellipse, color="C3")
     axis.plot(*run["mean"][i], "+", color="C3")
     axis.set(xlim=(-2, 2), ylim=(-2, 2), aspect="equal", xticks=[], yticks=[])
 
@@ -83,18 +128,24 @@ def save(figure: plt.Figure, path: Path, content: dict) -> None:
     path.with_suffix(".json").write_text(json.dumps(content) + "\n")
 
 
-def main(out: Path = Path("benchmarks/results"), iterations: int = 20, seeds: int = 10) -> None:
-    """Args: out: folder for the pictures; iterations: of each run; seeds: runs of the comparison of covariances."""
-    runs = {name: optimize(quadratic, name, iterations) for name in NAMES}
-    data = {name: {k: v.round(4).tolist() for k, v in run.items()} for name, run in runs.items()}
+def draw_panels(runs: dict[str, dict], iterations: int, path: Path) -> None:
+    """Draws the paper's panels, a row per algorithm."""
     shown = [i for i in (0, 4, 8, 19) if i < iterations]
-    figure, axes = plt.subplots(4, len(shown), figsize=(2.2 * len(shown), 9), layout="constrained")
+    size = (2.2 * len(shown), 9)
+    figure, axes = plt.subplots(4, len(shown), figsize=size, layout="constrained")
     for row, name in zip(axes, NAMES, strict=True):
         row[0].set_ylabel(NAMES[name])
         for axis, i in zip(row, shown, strict=True):
             draw(axis, runs[name], i, quadratic)
             axis.set_title(f"iteration {i + 1}", fontsize=9)
-    save(figure, out / "cma_didactic.png", data)
+    data = {}
+    for name, run in runs.items():
+        data[name] = {key: value.round(4).tolist() for key, value in run.items()}
+    save(figure, path, data)
+
+
+def draw_film(runs: dict[str, dict], iterations: int, path: Path) -> None:
+    """Draws PPO beside PPO-CMA-m, a frame per iteration."""
     frames = []
     for i in range(iterations):
         figure, axes = plt.subplots(1, 2, figsize=(6, 3.2), layout="constrained")
@@ -104,27 +155,43 @@ def main(out: Path = Path("benchmarks/results"), iterations: int = 20, seeds: in
         figure.canvas.draw()
         frames.append(np.asarray(figure.canvas.buffer_rgba())[..., :3])
         plt.close(figure)
-    iio.imwrite(out / "cma_didactic.gif", np.stack(frames), duration=300, loop=0)
-    kinds = {
-        kind: [optimize(valley, "ppo-cma-m", 2 * iterations, s + 1, covariance=kind) for s in range(seeds)]
-        for kind in ("diagonal", "full")
-    }
+    iio.imwrite(path, np.stack(frames), duration=300, loop=0)
+
+
+def draw_covariances(iterations: int, seeds: int, path: Path) -> None:
+    """Draws a full covariance against a diagonal one in the valley, and prints the last costs."""
     figure, axes = plt.subplots(1, 3, figsize=(9.5, 3.2), layout="constrained")
-    for axis, (kind, found) in zip(axes, kinds.items(), strict=False):
-        draw(axis, found[0], min(14, 2 * iterations - 1), valley)
+    data = {}
+    for axis, kind in zip(axes[:2], ("diagonal", "full"), strict=True):
+        runs = []
+        for seed in range(1, seeds + 1):
+            runs.append(optimize(valley, "ppo-cma-m", iterations, seed, covariance=kind))
+        draw(axis, runs[0], min(14, iterations - 1), valley)
         axis.set_title(f"{kind} covariance, iteration 15")
-    lines = {
-        kind: np.array([[valley(a).mean() for a in run["action"]] for run in found]) for kind, found in kinds.items()
-    }
-    for kind, y in lines.items():
-        axes[2].plot(np.arange(1, y.shape[1] + 1), -y.mean(axis=0), label=kind)
-        axes[2].fill_between(np.arange(1, y.shape[1] + 1), -y.min(axis=0), -y.max(axis=0), alpha=0.2)
-    axes[2].set(
-        yscale="log", xlabel="iteration", ylabel="mean cost of the actions", title=f"{seeds} seeds, mean and range"
-    )
+        cost = -np.array([[valley(action).mean() for action in run["action"]] for run in runs])
+        x = np.arange(1, iterations + 1)
+        axes[2].plot(x, cost.mean(axis=0), label=kind)
+        axes[2].fill_between(x, cost.min(axis=0), cost.max(axis=0), alpha=0.2)
+        data[kind] = (-cost).round(4).tolist()
+        print(f"{kind}: the last iteration's actions cost {cost[:, -1].mean():.4f}")
+    title = f"{seeds} seeds, mean and range"
+    axes[2].set(yscale="log", xlabel="iteration", ylabel="mean cost of the actions", title=title)
     axes[2].legend()
-    save(figure, out / "cma_full.png", {kind: y.round(4).tolist() for kind, y in lines.items()})
-    print({kind: float(-y[:, -1].mean()) for kind, y in lines.items()})
+    save(figure, path, data)
+
+
+def main(out: Path = Path("benchmarks/results"), iterations: int = 20, seeds: int = 10) -> None:
+    """Draws all three pictures.
+
+    Args:
+        out: folder for the pictures.
+        iterations: of each run; of those in the valley twice as many.
+        seeds: runs of the comparison of covariances.
+    """
+    runs = {name: optimize(quadratic, name, iterations) for name in NAMES}
+    draw_panels(runs, iterations, out / "cma_didactic.png")
+    draw_film(runs, iterations, out / "cma_didactic.gif")
+    draw_covariances(2 * iterations, seeds, out / "cma_full.png")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Whole-run speed of ppo_cma.py against its authors' TensorFlow code, alternating in one run on one machine.
+"""Whole-run speed of ppo_cma.py against its authors' TensorFlow code, alternating on one machine.
 
     git clone https://github.com/ppocma/ppocma ../ppocma
     python benchmarks/cma_speed.py --authors ../ppocma --peer-python ../peers/bin/python
 
-where that Python has tensorflow, gymnasium, matplotlib and numpy<2.4. Both train MountainCarContinuous-v0 at N = 4000.
-Steps per second leave out what comes before the first step (ours: compilation; both: fitting the first policy). Writes
-benchmarks/results/cma_speed.json.
+where that Python has tensorflow, gymnasium, matplotlib and numpy<2.4. Both train
+MountainCarContinuous-v0 at N = 4000. Steps per second leave out what comes before the first step
+(ours: compilation; both: fitting the first policy). Writes benchmarks/results/cma_speed.json.
 """
 
 import json
@@ -22,7 +22,7 @@ CASES = {
     "5 seeds": "--num-seeds 5 --total-timesteps 120000",
     "--action-repeat 2, as theirs": "--action-repeat 2 --total-timesteps 120000",
 }
-# Their Run.py as it is, on TensorFlow 2's first-version interface and Gymnasium in the place of Gym.
+# Their Run.py as it is, on TensorFlow 2's first-version interface, with Gymnasium for Gym
 PEER = """
 import runpy, sys, time, types
 import gymnasium
@@ -52,22 +52,31 @@ print("sps", Env.steps / (time.perf_counter() - clock[0]))
 
 
 def theirs(authors: Path, python: str, steps: int) -> float:
+    """Returns the steps per second of the authors' code."""
     run = [python, "-c", PEER.replace("STEPS", str(steps))]
     out = subprocess.run(run, check=True, stdout=subprocess.PIPE, text=True, cwd=authors).stdout
     return float(out.split("sps")[-1])
 
 
 def main(authors: Path, peer_python: str, repeats: int = 3, peer_steps: int = 40000) -> None:
-    rows = {name: [] for name in ("authors' code", *CASES)}
+    """Measures everything `repeats` times in turn, and writes medians' ratios."""
+    base = "authors' code"
+    python = str(Path(peer_python).absolute())
+    rows = {name: [] for name in (base, *CASES)}
     for _ in range(repeats):
-        rows["authors' code"].append(theirs(authors, str(Path(peer_python).absolute()), peer_steps))
+        rows[base].append(theirs(authors, python, peer_steps))
         for name, flags in CASES.items():
             result = ours(flags, "ppo_cma.py")
             rows[name].append(result["sps"])
     middle = {name: float(np.median(values)) for name, values in rows.items()}
-    ratios = {f"{name} / authors' code": middle[name] / middle["authors' code"] for name in CASES}
-    content = {"steps_per_second": rows, "ratios of medians": ratios, "versions": result["versions"]}
-    content |= {"device": result["device"], "commands": {k: f"python ppo_cma.py {v}" for k, v in CASES.items()}}
+    ratios = {f"{name} / {base}": middle[name] / middle[base] for name in CASES}
+    content = {
+        "steps_per_second": rows,
+        "ratios of medians": ratios,
+        "versions": result["versions"],
+        "device": result["device"],
+        "commands": {name: f"python ppo_cma.py {flags}" for name, flags in CASES.items()},
+    }
     (ROOT / "benchmarks/results/cma_speed.json").write_text(json.dumps(content, indent=2) + "\n")
     print(json.dumps(ratios, indent=2))
 

@@ -1,9 +1,10 @@
-"""Learning curves of run folders: one panel per environment, one line per experiment, mean and range over seeds.
+"""Learning curves of run folders: a panel per environment, a line per experiment, over seeds.
 
-    python benchmarks/curves.py runs/ppo_continuous/HalfCheetah-v4/ppo/seed1-3 ... --out benchmarks/results/curves.png
+    python benchmarks/curves.py runs/ppo_continuous/HalfCheetah-v4/ppo/seed1-3 ...
 
-The data lie beside the picture, as JSON. What is there already stays in the picture, but for a new run of the same
-environment and experiment, which replaces it; without new runs the picture is drawn again.
+Lines are the mean over seeds, bands their range. The data lie beside the picture, as JSON. What is
+there already stays in the picture, but for a new run of the same environment and experiment, which
+replaces it; without new runs the picture is drawn again.
 """
 
 import json
@@ -20,43 +21,66 @@ from matplotlib.ticker import EngFormatter
 
 
 def curve(folder: Path, points: int = 200) -> tuple[np.ndarray, np.ndarray]:
-    """Returns steps [points] and returns [points] of one seed, the mean over 4 % of its steps around each point."""
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload().Scalars("charts/episodic_return")
-    x, y = np.array([(e.step, e.value) for e in events]).T
+    """Returns steps [points] and returns [points] of one seed, each the mean over 4 % of steps."""
+    reader = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    events = reader.Scalars("charts/episodic_return")
+    x = np.array([event.step for event in events])
+    y = np.array([event.value for event in events])
     grid = np.linspace(x[0], x[-1], points)
-    near = [np.abs(x - g) <= max(0.02 * x[-1], np.abs(x - g).min()) for g in grid]
-    return grid, np.array([y[n].mean() for n in near])
+    means = []
+    for point in grid:
+        distance = np.abs(x - point)
+        near = distance <= max(0.02 * x[-1], distance.min())
+        means.append(y[near].mean())
+    return grid, np.array(means)
 
 
-def main(
-    folders: tyro.conf.Positional[tuple[Path, ...]] = (), out: Path = Path("benchmarks/results/curves.png")
-) -> None:
-    path = out.with_suffix(".json")
-    lines = {line["name"]: line for line in (json.loads(path.read_text()) if path.exists() else [])}
-    for folder in folders:
-        result = json.loads((folder / "result.json").read_text())
-        curves = [curve(seed) for seed in sorted(folder.glob("seed*")) or [folder]]
-        line = {"name": f"{result['env_id']} {result['args']['exp_name']}"}
-        line |= {k: result[k] for k in ("env_id", "args", "seeds", "episodic_return", "versions", "device")}
-        returns = np.stack([y for _, y in curves]).round(2)
-        lines[line["name"]] = line | {"steps": curves[0][0].tolist(), "returns": returns.tolist()}
-    path.write_text(json.dumps(list(lines.values())) + "\n")
-    ids = list(dict.fromkeys(line["env_id"] for line in lines.values()))
-    columns = len(ids) if len(ids) <= 4 else 3
-    rows = -(-len(ids) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.5 * columns, 3.4 * rows), squeeze=False, layout="constrained")
-    for axis in axes.ravel()[len(ids) :]:
+def line_of(folder: Path) -> dict:
+    """Returns a run folder's line, with what a reader needs to know of it."""
+    result = json.loads((folder / "result.json").read_text())
+    curves = [curve(seed) for seed in sorted(folder.glob("seed*")) or [folder]]
+    line = {"name": f"{result['env_id']} {result['args']['exp_name']}"}
+    for name in ("env_id", "args", "seeds", "episodic_return", "versions", "device"):
+        line[name] = result[name]
+    line["steps"] = curves[0][0].tolist()
+    line["returns"] = np.stack([y for _, y in curves]).round(2).tolist()
+    return line
+
+
+def draw(lines: list[dict], out: Path) -> None:
+    """Draws lines, those of an environment in one panel."""
+    env_ids = list(dict.fromkeys(line["env_id"] for line in lines))
+    columns = len(env_ids) if len(env_ids) <= 4 else 3
+    rows = -(-len(env_ids) // columns)
+    size = (4.5 * columns, 3.4 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.ravel()[len(env_ids) :]:
         axis.set_axis_off()
-    for line in lines.values():
-        axis, returns = axes.ravel()[ids.index(line["env_id"])], np.array(line["returns"])
+    panels = dict(zip(env_ids, axes.ravel(), strict=False))
+    for line in lines:
+        axis = panels[line["env_id"]]
+        returns = np.array(line["returns"])
         label = f"{line['args']['exp_name']}, {len(returns)} seeds"
         (drawn,) = axis.plot(line["steps"], returns.mean(axis=0), label=label)
-        axis.fill_between(line["steps"], returns.min(axis=0), returns.max(axis=0), color=drawn.get_color(), alpha=0.2)
-    for axis, name in zip(axes.flat, ids, strict=False):
-        axis.set(title=name, xlabel="steps per seed", ylabel="episodic return")
+        band = (returns.min(axis=0), returns.max(axis=0))
+        axis.fill_between(line["steps"], *band, color=drawn.get_color(), alpha=0.2)
+    for env_id, axis in panels.items():
+        axis.set(title=env_id, xlabel="steps per seed", ylabel="episodic return")
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.legend()
     figure.savefig(out, dpi=110)
+
+
+def main(
+    folders: tyro.conf.Positional[tuple[Path, ...]] = (),
+    out: Path = Path("benchmarks/results/curves.png"),
+) -> None:
+    """Adds run folders to a picture, and draws it."""
+    path = out.with_suffix(".json")
+    before = json.loads(path.read_text()) if path.exists() else []
+    lines = {line["name"]: line for line in [*before, *map(line_of, folders)]}
+    path.write_text(json.dumps(list(lines.values())) + "\n")
+    draw(list(lines.values()), out)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Whole-run speed of ppo_continuous.py against Stable-Baselines3, alternating in one run on one machine.
+"""Whole-run speed of ppo_continuous.py against Stable-Baselines3, alternating on one machine.
 
-    python benchmarks/speed.py --peer-python ../peers/bin/python  # where stable-baselines3, gymnasium[mujoco] are
+    python benchmarks/speed.py --peer-python ../peers/bin/python
 
-Both train HalfCheetah-v4 with observation and reward normalisation and logging. Steps per second leave compilation out
-(ours: result.json's sps; theirs has none). Also the cost of an update against a bare fused loop with the same networks,
-minibatches and epochs, but without statistics, metrics or masks. Writes benchmarks/results/speed.json.
+where that Python has stable-baselines3 and gymnasium[mujoco]. Both train HalfCheetah-v4 with
+observation and reward normalisation and logging. Steps per second leave compilation out (ours:
+result.json's sps; theirs has none). Also the cost of an update against a bare fused loop with the
+same networks, minibatches and epochs, but without statistics, metrics or masks.
+Writes benchmarks/results/speed.json.
 """
 
 import itertools
@@ -43,6 +45,7 @@ print("sps", 4096 / (time.perf_counter() - start))
 
 
 def ours(flags: str, script: str = "ppo_continuous.py") -> dict:
+    """Returns the content of result.json of a run of one of our scripts."""
     with tempfile.TemporaryDirectory() as folder:
         run = [sys.executable, str(ROOT / script), *flags.split(), "--run-dir", folder]
         subprocess.run(run, check=True, capture_output=True)
@@ -50,57 +53,74 @@ def ours(flags: str, script: str = "ppo_continuous.py") -> dict:
 
 
 def peer(python: str) -> float:
+    """Returns Stable-Baselines3's steps per second."""
     out = subprocess.run([python, "-c", PEER], check=True, capture_output=True, text=True).stdout
     return float(out.split("sps")[-1])
 
 
-def bare_loss(params, obs, action, log_prob, advantage, target):
-    def mlp(layers):
-        x = obs
-        for kernel, bias in layers[:-1]:
-            x = jnp.tanh(x @ kernel + bias)
-        return x @ layers[-1][0] + layers[-1][1]
+def bare_mlp(layers: list, x: jax.Array) -> jax.Array:
+    """Returns what a tanh network, a list of (kernel, bias), makes of x."""
+    for kernel, bias in layers[:-1]:
+        x = jnp.tanh(x @ kernel + bias)
+    kernel, bias = layers[-1]
+    return x @ kernel + bias
 
+
+def bare_loss(params, obs, action, log_prob, advantage, target):
+    """Returns PPO's loss of a minibatch, and nothing else."""
     actor, critic, log_std = params
-    scaled = (action - mlp(actor)) * jnp.exp(-log_std)
+    scaled = (action - bare_mlp(actor, obs)) * jnp.exp(-log_std)
     ratio = jnp.exp(jnp.sum(-0.5 * scaled**2 - log_std - 0.919, axis=-1) - log_prob)
     advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-    policy_loss = jnp.maximum(-advantage * ratio, -advantage * jnp.clip(ratio, 0.8, 1.2)).mean()
-    return policy_loss + 0.25 * jnp.mean((mlp(critic)[:, 0] - target) ** 2)
+    clipped = jnp.clip(ratio, 0.8, 1.2)
+    policy_loss = jnp.maximum(-advantage * ratio, -advantage * clipped).mean()
+    return policy_loss + 0.25 * jnp.mean((bare_mlp(critic, obs)[:, 0] - target) ** 2)
 
 
-def bare_update_sps() -> float:
-    """Returns transitions per second of the bare loop: 10 epochs of 32 minibatches of 64, 64 x 64 tanh networks."""
-    optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(3e-4, eps=1e-5))
-    rng = np.random.default_rng(0)
+BARE_OPTIMIZER = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(3e-4, eps=1e-5))
 
-    def make(*sizes):
-        return [(jnp.float32(rng.normal(0, a**-0.5, (a, b))), jnp.zeros(b)) for a, b in itertools.pairwise(sizes)]
 
-    params = make(17, 64, 64, 6), make(17, 64, 64, 1), jnp.zeros(6)
-    data = tuple(jnp.float32(rng.normal(0, 1, s)) for s in ((2048, 17), (2048, 6), (2048,), (2048,), (2048,)))
+def bare_minibatch(carry, batch):
+    params, opt_state = carry
+    updates, opt_state = BARE_OPTIMIZER.update(jax.grad(bare_loss)(params, *batch), opt_state)
+    return (optax.apply_updates(params, updates), opt_state), None
 
-    def minibatch(carry, batch):
-        params, opt_state = carry
-        updates, opt_state = optimizer.update(jax.grad(bare_loss)(params, *batch), opt_state)
-        return (optax.apply_updates(params, updates), opt_state), None
+
+@jax.jit
+def bare_update(carry, key, data):
+    """Returns (parameters, Adam's state) after 10 epochs of 32 minibatches of 64."""
 
     def epoch(carry, key):
         order = jax.random.permutation(key, 2048).reshape(32, 64)
-        return jax.lax.scan(minibatch, carry, jax.tree.map(lambda x: x[order], data))
+        return jax.lax.scan(bare_minibatch, carry, jax.tree.map(lambda x: x[order], data))
 
-    run = jax.jit(lambda carry, key: jax.lax.scan(epoch, carry, jax.random.split(key, 10))[0])
-    carry = run((params, optimizer.init(params)), jax.random.key(0))
+    return jax.lax.scan(epoch, carry, jax.random.split(key, 10))[0]
+
+
+def bare_update_sps() -> float:
+    """Returns transitions per second of the bare loop, with 64 x 64 tanh networks."""
+    random = np.random.default_rng(0)
+
+    def layers(*sizes):
+        pairs = itertools.pairwise(sizes)
+        return [(jnp.float32(random.normal(0, a**-0.5, (a, b))), jnp.zeros(b)) for a, b in pairs]
+
+    params = (layers(17, 64, 64, 6), layers(17, 64, 64, 1), jnp.zeros(6))
+    shapes = ((2048, 17), (2048, 6), (2048,), (2048,), (2048,))
+    data = tuple(jnp.float32(random.normal(0, 1, shape)) for shape in shapes)
+    carry = bare_update((params, BARE_OPTIMIZER.init(params)), jax.random.key(0), data)
     start = time.perf_counter()
     for i in range(10):
-        carry = jax.block_until_ready(run(carry, jax.random.key(i)))
+        carry = jax.block_until_ready(bare_update(carry, jax.random.key(i), data))
     return 10 * 2048 / (time.perf_counter() - start)
 
 
 def main(peer_python: str, repeats: int = 3) -> None:
-    rows = {name: [] for name in ("Stable-Baselines3, 1 x 2048", "bare update", "our update, 1 x 2048", *CASES)}
+    """Measures everything `repeats` times in turn, and writes medians' ratios."""
+    base = "Stable-Baselines3, 1 x 2048"
+    rows = {name: [] for name in (base, "bare update", "our update, 1 x 2048", *CASES)}
     for _ in range(repeats):
-        rows["Stable-Baselines3, 1 x 2048"].append(peer(peer_python))
+        rows[base].append(peer(peer_python))
         for name, flags in CASES.items():
             result = ours(flags)
             rows[name].append(result["sps"])
@@ -108,11 +128,16 @@ def main(peer_python: str, repeats: int = 3) -> None:
                 rows["our update, 1 x 2048"].append(result["sps_update"])
         rows["bare update"].append(bare_update_sps())
     middle = {name: float(np.median(values)) for name, values in rows.items()}
-    base = middle["Stable-Baselines3, 1 x 2048"]
-    ratios = {f"{name} / Stable-Baselines3": middle[name] / base for name in CASES}
-    ratios["update cost / bare update cost"] = middle["bare update"] / middle["our update, 1 x 2048"]
-    content = {"steps_per_second": rows, "ratios of medians": ratios, "versions": result["versions"]}
-    content["device"], content["command"] = result["device"], "python benchmarks/speed.py --peer-python PYTHON"
+    ratios = {f"{name} / Stable-Baselines3": middle[name] / middle[base] for name in CASES}
+    cost = middle["bare update"] / middle["our update, 1 x 2048"]
+    ratios["update cost / bare update cost"] = cost
+    content = {
+        "steps_per_second": rows,
+        "ratios of medians": ratios,
+        "versions": result["versions"],
+        "device": result["device"],
+        "command": "python benchmarks/speed.py --peer-python PYTHON",
+    }
     (ROOT / "benchmarks/results/speed.json").write_text(json.dumps(content, indent=2) + "\n")
     print(json.dumps(ratios, indent=2))
 

@@ -1,5 +1,6 @@
 """The formulas of a script, or of a mutant of it, against tests/reference.py."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -14,7 +15,7 @@ SPACE = Box(-1, 1, (U,), np.float32)
 
 
 def flags(rng, shape):
-    """Returns random terminated, done and mask as an environment with next-step resets gives them."""
+    """Returns random terminated, done and mask, as with next-step resets."""
     terminated, done, mask = np.zeros(shape), np.zeros(shape), np.ones(shape)
     for n in range(shape[1]):
         for t in range(shape[0]):
@@ -47,18 +48,24 @@ def check_gae(ppo):
         r, value = rollout(rng), rng.normal(0, 1, (T + 1, N))
         t = SimpleNamespace(**r)
         with jax.enable_x64(True):
-            advantage, target = jax.jit(lambda t, v: ppo.compute_gae(SimpleNamespace(**t), v, 0.9, 0.8))(vars(t), value)
+            advantage, target = jax.jit(
+                lambda t, v: ppo.compute_gae(SimpleNamespace(**t), v, 0.9, 0.8)
+            )(vars(t), value)
         expected = reference.gae(r["reward"], r["terminated"], r["done"], value, 0.9, 0.8)
         np.testing.assert_allclose(advantage, expected, **CLOSE)
         np.testing.assert_allclose(target, expected + value[:-1], **CLOSE)
 
 
 def check_gae_by_hand(ppo):
-    """gamma = lambda = 1/2. Environment 0 terminates at step 1, environment 1 is truncated there; both reset at step 2.
+    """gamma = lambda = 1/2; environment 0 terminates at step 1, environment 1 is truncated there.
 
-    Step 1: deltas 2 - 1 = 1 (no bootstrap) and 2 + 4/2 - 1 = 3. Step 0: 1 + 1/2 - 1 + A_1/4 = 3/4 and 5/4.
+    Both reset at step 2. Step 1: deltas 2 - 1 = 1 (no bootstrap) and 2 + 4/2 - 1 = 3.
+    Step 0: 1 + 1/2 - 1 + A_1/4 = 3/4 and 5/4.
     """
-    both = lambda *x: np.array([x, x], float).T  # noqa: E731
+
+    def both(*x):
+        return np.array([x, x], float).T
+
     t = SimpleNamespace(
         reward=both(1, 2, 0),
         terminated=np.array([[0, 0], [1, 0], [0, 0]], float),
@@ -84,7 +91,9 @@ def check_stats(ppo):
         same = ppo.update_stats(x[0], stats, 0 * mask[0])  # nothing new
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), same, stats)
         scaled = (x[0] - stats.mean) / np.sqrt(np.asarray(stats.var) + 1e-8)
-        np.testing.assert_allclose(ppo.normalize(x[0], stats, 1.5), np.clip(scaled, -1.5, 1.5), **CLOSE)
+        np.testing.assert_allclose(
+            ppo.normalize(x[0], stats, 1.5), np.clip(scaled, -1.5, 1.5), **CLOSE
+        )
 
 
 def check_distribution(ppo):
@@ -94,18 +103,26 @@ def check_distribution(ppo):
         old, new = ppo.Gaussian(mean, log_std), ppo.Gaussian(mean2, log_std2)
         expected = [reference.log_prob(*row) for row in zip(mean, log_std, action, strict=True)]
         np.testing.assert_allclose(ppo.log_prob(old, action), expected, **CLOSE)
-        np.testing.assert_allclose(ppo.entropy(old), [reference.entropy(x) for x in log_std], **CLOSE)
+        np.testing.assert_allclose(
+            ppo.entropy(old), [reference.entropy(x) for x in log_std], **CLOSE
+        )
         expected = [reference.kl(*row) for row in zip(mean, log_std, mean2, log_std2, strict=True)]
         np.testing.assert_allclose(ppo.kl(old, new), expected, **CLOSE)
         noise = rng.normal(0, 1, (6, U))
-        np.testing.assert_allclose(ppo.sample_action(old, noise), mean + np.exp(log_std) * noise, **CLOSE)
+        np.testing.assert_allclose(
+            ppo.sample_action(old, noise), mean + np.exp(log_std) * noise, **CLOSE
+        )
     # the reference itself, against integrals: entropy -E[log p], KL E[log p - log q]
     one = [[0.3], [-0.4], [1.1], [0.2]]
     density = np.vectorize(lambda x: reference.log_prob(one[0], one[1], [x]))
     other = np.vectorize(lambda x: reference.log_prob(one[2], one[3], [x]))
     h, d = reference.entropy(one[1]), reference.kl(*one)
-    grid = lambda f: reference.expectation(0.3, -0.4, lambda x: f(np.clip(x, -20, 20)))  # noqa: E731
-    np.testing.assert_allclose([grid(lambda x: -density(x)), grid(lambda x: density(x) - other(x))], [h, d], rtol=1e-8)
+
+    def integral(f):
+        return reference.expectation(0.3, -0.4, lambda x: f(np.clip(x, -20, 20)))
+
+    np.testing.assert_allclose(integral(lambda x: -density(x)), h, rtol=1e-8)
+    np.testing.assert_allclose(integral(lambda x: density(x) - other(x)), d, rtol=1e-8)
 
 
 class Direct:
@@ -139,57 +156,145 @@ SETTINGS = {"clip_coef": 0.2, "ent_coef": 0.03, "vf_coef": 0.7, "kl_coef": 1.7}
 VARIANTS = [
     {"objective": "clip", "clip_vloss": True},
     {"objective": "clip", "clip_vloss": False},
+    {"objective": "none", "clip_vloss": False},
     {"objective": "kl-penalty", "clip_vloss": True},
 ]
 
 
+def schedule(ppo, **settings):
+    """Returns a script's schedule in float64, with 0 for what is not given."""
+    numbers = dict.fromkeys(ppo.Schedule._fields, 0.0) | settings
+    return ppo.Schedule(**{name: np.float64(x) for name, x in numbers.items()})
+
+
+def as_batch(ppo, b):
+    """Returns a loss case as the script's minibatch; its mask is a weight of mean 1."""
+    return ppo.Batch(
+        obs=None,
+        action=b["action"],
+        policy=ppo.Gaussian(b["old_mean"], b["old_log_std"]),
+        log_prob=b["log_prob"],
+        value=b["value"],
+        advantage=b["advantage"],
+        target=b["target"],
+        mask=b["mask"] / b["mask"].mean(),
+    )
+
+
 def check_loss(ppo):
-    """Value, metrics and gradient of every variant; the gradient also by central differences of the NumPy loss."""
+    """Value, metrics and gradient of every variant; the gradient also by central differences."""
     rng = np.random.default_rng(3)
     for variant in VARIANTS:
         s = SETTINGS | variant
         params, b = loss_case(rng)
-        args = ppo.Args(vf_coef=s["vf_coef"], **variant)
-        policy = ppo.Gaussian(b["old_mean"], b["old_log_std"])
-        weight = b["mask"] / b["mask"].mean()
+        args = ppo.Args(**variant)
         with jax.enable_x64(True):
-            batch = ppo.Batch(
-                *(None, b["action"], policy, b["log_prob"], b["value"], b["advantage"], b["target"], weight)
-            )
-            schedule = ppo.Schedule(*map(np.float64, (1e-3, s["clip_coef"], s["ent_coef"], s["kl_coef"])))
             value_and_grad = jax.value_and_grad(ppo.ppo_loss, has_aux=True)
-            (loss, metrics), grad = value_and_grad(params, batch, schedule, Direct(ppo), args)
+            numbers = schedule(ppo, **SETTINGS)
+            found = value_and_grad(params, as_batch(ppo, b), numbers, Direct(ppo), args)
+        (loss, metrics), grad = found
         expected, seen, by_hand = reference.loss(params[:2], params[2], b, s)
         np.testing.assert_allclose(loss, expected, **CLOSE)
         for name, value in seen.items():
             np.testing.assert_allclose(metrics[name], value, **CLOSE, err_msg=name)
         for i, (g, h) in enumerate(zip(grad, by_hand, strict=True)):
             np.testing.assert_allclose(g, h, **CLOSE)
-            for index in list(np.ndindex(g.shape))[::5]:  # every fifth element by central differences
+            for index in list(np.ndindex(g.shape))[
+                ::5
+            ]:  # every fifth element by central differences
                 ends = []
                 for sign in (1, -1):
                     moved = [np.array(p) for p in params]
                     moved[i][index] += sign * 1e-6
                     ends.append(reference.loss(moved[:2], moved[2], b, s)[0])
-                np.testing.assert_allclose(g[index], (ends[0] - ends[1]) / 2e-6, rtol=1e-5, atol=1e-8)
+                np.testing.assert_allclose(
+                    g[index], (ends[0] - ends[1]) / 2e-6, rtol=1e-5, atol=1e-8
+                )
+
+
+def check_kl_barrier(ppo):
+    """Heess et al.'s barrier: the gradient is that of kl_barrier * max(0, KL - 2 desired)^2."""
+    rng = np.random.default_rng(5)
+    params, b = loss_case(rng)
+    real = b["mask"] > 0
+
+    def penalty(mean):
+        rows = zip(b["old_mean"], b["old_log_std"], mean, strict=True)
+        divergence = [reference.kl(*row, params[1]) for row in rows]
+        excess = np.mean(np.array(divergence)[real]) - 2 * 0.01
+        return 30 * max(0.0, excess) ** 2
+
+    assert penalty(params[0]) > 0.01
+    with jax.enable_x64(True):
+        grads = []
+        for weight in (0.0, 30.0):
+            args = ppo.Args(objective="kl-penalty", kl_barrier=weight)
+            loss = jax.grad(ppo.ppo_loss, has_aux=True)
+            numbers = schedule(ppo, **SETTINGS)
+            grad, _ = loss(params, as_batch(ppo, b), numbers, Direct(ppo), args)
+            grads.append(grad[0])
+    for index in [(0, 0), (3, 1), (7, 0)]:
+        moved = [np.array(params[0]), np.array(params[0])]
+        moved[0][index] += 1e-6
+        moved[1][index] -= 1e-6
+        expected = (penalty(moved[0]) - penalty(moved[1])) / 2e-6
+        found = grads[1][index] - grads[0][index]
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-9)
+
+
+def check_l2(ppo):
+    """Half the sum of squares of the weights, none of biases and of log_std."""
+    params, b = loss_case(np.random.default_rng(6))
+    weights = {"kernel": np.array([[3.0, 4.0]]), "bias": np.array([7.0])}
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(ppo.sum_of_squares(weights), 25)
+        losses = []
+        for weight in (0.0, 0.1):
+            numbers = schedule(ppo, **SETTINGS)
+            args = ppo.Args(l2_coef=weight)
+            losses.append(ppo.ppo_loss(params, as_batch(ppo, b), numbers, Direct(ppo), args)[0])
+        matrix = params[0]  # of Direct's parameters, the only one with two axes
+        np.testing.assert_allclose(losses[1] - losses[0], 0.05 * np.sum(matrix**2), **CLOSE)
 
 
 def small_args(ppo, **changes):
-    settings = {"num_envs": N, "num_steps": T, "num_minibatches": 4, "update_epochs": 2, "hidden_sizes": (5, 4)}
-    settings |= {"total_timesteps": 10 * N * T, "clip_obs": 1.5, "clip_reward": 0.4, "max_grad_norm": 0.3}
-    settings |= {"ent_coef": 0.03, "gamma": 0.9, "gae_lambda": 0.8, "learning_rate": 1e-2}
+    settings = {
+        "num_envs": N,
+        "num_steps": T,
+        "num_minibatches": 4,
+        "update_epochs": 2,
+        "hidden_sizes": (5, 4),
+        "total_timesteps": 10 * N * T,
+        "clip_obs": 1.5,
+        "clip_reward": 0.4,
+        "max_grad_norm": 0.3,
+        "ent_coef": 0.03,
+        "gamma": 0.9,
+        "gae_lambda": 0.8,
+        "learning_rate": 1e-2,
+    }
     return ppo.Args(**settings | changes)
 
 
+def to_double(x):
+    return x.astype(jnp.float64) if x.dtype == jnp.float32 else x
+
+
+def to_single(x):
+    return np.asarray(x, np.float32 if x.dtype == np.float64 else x.dtype)
+
+
 def start(ppo, args):
-    """Returns the network, a learner in float64 with grown-up statistics, and a rollout of the script's type."""
+    """Returns the network, a float64 learner with grown-up statistics, and a rollout, twice.
+
+    The rollout is once of the script's type and once a dict.
+    """
     network = ppo.ActorCritic(SPACE, args)
     rng = np.random.default_rng(4)
     r = rollout(rng)
     with jax.enable_x64(True):
         learner = ppo.init_learner(np.uint32(3), np.zeros(D, np.float32), network, args)
-        double = lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x  # noqa: E731
-        learner = jax.tree.map(double, learner)
+        learner = jax.tree.map(to_double, learner)
         moved = jax.tree.map(lambda x: x + 0.3 * rng.normal(0, 1, x.shape), learner.params)
         learner = learner._replace(
             params=moved,
@@ -205,10 +310,12 @@ def layers(tree, name):
 
 
 def orders(learner, args):
-    """Returns the minibatches' indices [E, M, B], from the learner's key as the script's docstrings say."""
+    """Returns the minibatches' indices [E, M, B], from the learner's key."""
     key = jax.random.fold_in(learner.key, 2 * learner.iteration + 1)
     keys = jax.random.split(key, args.update_epochs)
-    return [np.asarray(jax.random.permutation(k, N * T)).reshape(args.num_minibatches, -1) for k in keys]
+    return [
+        np.asarray(jax.random.permutation(k, N * T)).reshape(args.num_minibatches, -1) for k in keys
+    ]
 
 
 def check_update(ppo):
@@ -217,58 +324,104 @@ def check_update(ppo):
         {},
         {"recompute_advantages": True, "anneal_lr": False},
         {"objective": "kl-penalty", "anneal_clip": True},
+        {"anneal_ent": True},
     ):
         args = small_args(ppo, **changes)
         network, learner, transition, r = start(ppo, args)
         p = learner.params["params"]
         nets = layers(p, "mean"), np.asarray(p["log_std"]), layers(p, "critic")
-        stats = {"obs": tuple(map(np.asarray, learner.obs_stats)), "ret": tuple(map(np.asarray, learner.return_stats))}
-        left = 1 - 3 / args.num_iterations
-        s = vars(args) | {
-            "kl_coef": 1.0,
-            "clip_coef": float(learner.schedule.clip_coef) * (left if args.anneal_clip else 1),
+        stats = {
+            "obs": tuple(map(np.asarray, learner.obs_stats)),
+            "ret": tuple(map(np.asarray, learner.return_stats)),
         }
-        s["ent_coef"] = float(learner.schedule.ent_coef)
-        rate = float(learner.schedule.learning_rate) * (left if args.anneal_lr else 1)
+        s = vars(args) | {name: float(x) for name, x in learner.schedule._asdict().items()}
+        left = 1 - 3 / args.num_iterations
+        for on, name in (
+            (args.anneal_lr, "learning_rate"),
+            (args.anneal_clip, "clip_coef"),
+            (args.anneal_ent, "ent_coef"),
+        ):
+            s[name] *= left if on else 1
         with jax.enable_x64(True):
-            new, metrics = jax.jit(lambda a, b: ppo.update(a, b, network, args))(learner, transition)  # noqa: B023
-            (actor, log_std, critic), new_stats, seen = reference.update(nets, r, stats, orders(learner, args), rate, s)
-        p, close = new.params["params"], {"rtol": 1e-11, "atol": 1e-11}
-        for mine, theirs in zip(layers(p, "mean") + layers(p, "critic"), actor + critic, strict=True):
-            np.testing.assert_allclose(mine[0], theirs[0], **close)
-            np.testing.assert_allclose(mine[1], theirs[1], **close)
-        np.testing.assert_allclose(p["log_std"], log_std, **close)
-        for mine, theirs in ((new.obs_stats, new_stats["obs"]), (new.return_stats, new_stats["ret"])):
-            for a, b in zip(mine, theirs, strict=True):
-                np.testing.assert_allclose(a, b, **close)
-        for name, value in seen.items():
-            np.testing.assert_allclose(metrics[f"losses/{name}"], value, **close, err_msg=name)
-        assert new.iteration == 4
-        ended = (r["done"] * r["mask"]) > 0  # time first, as in the rollout
-        np.testing.assert_allclose(new.returns[-ended.sum() :], r["episodic_return"][ended], **CLOSE)
-        assert np.isnan(new.returns[: -ended.sum()]).all() and new.episodes == ended.sum()
-        np.testing.assert_allclose(metrics["charts/episodic_length"], r["episodic_length"][ended].mean(), **CLOSE)
-        np.testing.assert_allclose(metrics["charts/episodic_return_100"], r["episodic_return"][ended].mean(), **CLOSE)
+            compiled = jax.jit(partial(ppo.update, network=network, args=args))
+            new, metrics = compiled(learner, transition)
+            expected = reference.update(nets, r, stats, orders(learner, args), s)
+        (actor, log_std, critic), new_stats, seen = expected
+        compare_update(new, metrics, (actor, log_std, critic), new_stats, seen)
+        compare_episodes(new, metrics, r)
+
+
+def compare_update(new, metrics, nets, new_stats, seen):
+    """The script's learner and metrics against the reference's."""
+    (actor, log_std, critic), p = nets, new.params["params"]
+    close = {"rtol": 1e-11, "atol": 1e-11}
+    for mine, theirs in zip(layers(p, "mean") + layers(p, "critic"), actor + critic, strict=True):
+        np.testing.assert_allclose(mine[0], theirs[0], **close)
+        np.testing.assert_allclose(mine[1], theirs[1], **close)
+    np.testing.assert_allclose(p["log_std"], log_std, **close)
+    for mine, theirs in ((new.obs_stats, new_stats["obs"]), (new.return_stats, new_stats["ret"])):
+        for a, b in zip(mine, theirs, strict=True):
+            np.testing.assert_allclose(a, b, **close)
+    for name, value in seen.items():
+        np.testing.assert_allclose(metrics[f"losses/{name}"], value, **close, err_msg=name)
+    assert new.iteration == 4
+
+
+def compare_episodes(new, metrics, r):
+    """What is counted of the episodes that ended, time first, as in the rollout."""
+    ended = (r["done"] * r["mask"]) > 0
+    returns, lengths = r["episodic_return"][ended], r["episodic_length"][ended]
+    assert new.episodes == len(returns)
+    np.testing.assert_allclose(new.returns[-len(returns) :], returns, **CLOSE)
+    assert not new.returns[: -len(returns)].any()
+    np.testing.assert_allclose(metrics["charts/episodic_length"], lengths.mean(), **CLOSE)
+    np.testing.assert_allclose(metrics["charts/episodic_return"], returns.mean(), **CLOSE)
+    np.testing.assert_allclose(metrics["charts/episodic_return_100"], returns.mean(), **CLOSE)
+
+
+def check_last_100(ppo):
+    """The last hundred returns, whatever the number of episodes so far."""
+    args = small_args(ppo)
+    _, learner, transition, _ = start(ppo, args)
+    seen = []
+    with jax.enable_x64(True):
+        count = jax.jit(ppo.count_episodes)
+        learner = learner._replace(returns=np.zeros(100))
+        for i in range(20):
+            returns = 1000.0 * i + np.arange(T * N).reshape(T, N)
+            step = transition._replace(episodic_return=returns)
+            learner, metrics = count(learner, step)
+            seen += returns[(transition.done * transition.mask) > 0].tolist()
+            last = seen[-100:]
+            np.testing.assert_array_equal(learner.returns[-len(last) :], last)
+            np.testing.assert_allclose(metrics["charts/episodic_return_100"], np.mean(last))
+            assert learner.episodes == len(seen)
+    assert len(seen) > 150
 
 
 def check_env_step(ppo):
-    """Masks, episode sums and the observations' order of a rollout on a scripted environment with next-step resets."""
-    args = small_args(ppo, num_envs=1, num_steps=8, norm_obs=False, clip_obs=np.inf, num_minibatches=1)
+    """Masks, episode sums and the observations' order, on scripted next-step resets."""
+    settings = {"num_envs": 1, "num_steps": 8, "num_minibatches": 1}
+    args = small_args(ppo, norm_obs=False, clip_obs=np.inf, **settings)
 
-    def step(state, action):  # counts to 3, terminates; the next step resets; the second episode is truncated
+    def step(state, action):  # counts to 3, terminates, resets; the second episode is truncated
         n, episode = state
         ended = n == 3
-        n, episode = jnp.where(ended, 0, n + 1), episode + ended
+        n = jnp.where(ended, 0, n + 1)
+        episode = episode + ended
         end = n == 3
-        terminated, truncated = end & (episode % 2 == 0), end & (episode % 2 == 1)
-        reward = jnp.where(ended, 0.0, 10.0 * n)
-        one = lambda x, dtype: jnp.asarray(x, dtype)[None]  # noqa: E731
-        obs = jnp.stack([n, episode]).astype(jnp.float32)[None, None]
-        return (n, episode), ppo.TimeStep(obs, one(reward, jnp.float32), one(terminated, bool), one(truncated, bool))
+        new = ppo.TimeStep(
+            obs=jnp.stack([n, episode]).astype(jnp.float32)[None, None],
+            reward=jnp.where(ended, 0.0, 10.0 * n)[None].astype(jnp.float32),
+            terminated=(end & (episode % 2 == 0))[None],
+            truncated=(end & (episode % 2 == 1))[None],
+        )
+        return (n, episode), new
 
-    env = ppo.Environment(None, step, SPACE, None)
+    env = ppo.Environment(None, step, None, SPACE, None, [], None)
     none, zero = jnp.zeros(1, bool), jnp.zeros(1)
-    runner = ppo.RunnerState((0, 0), ppo.TimeStep(jnp.zeros((1, 1, 2)), zero, none, none), (zero, zero, zero))
+    first = ppo.TimeStep(jnp.zeros((1, 1, 2)), zero, none, none)
+    runner = ppo.RunnerState((0, 0), first, ppo.Episode(zero, zero, zero))
     network = ppo.ActorCritic(SPACE, args)
     learner = ppo.init_learner(np.uint32(0), np.zeros(2, np.float32), network, args)
     learner = jax.tree.map(lambda x: x[None], learner)
@@ -281,7 +434,8 @@ def check_env_step(ppo):
     np.testing.assert_array_equal(t.done, [0, 0, 1, 0, 0, 0, 1, 0])
     np.testing.assert_array_equal(t.episodic_return, [10, 30, 60, 0, 10, 30, 60, 0])
     np.testing.assert_array_equal(t.episodic_length, [1, 2, 3, 0, 1, 2, 3, 0])
-    np.testing.assert_allclose(t.discounted_return, [10, 29, 56.1, 0, 10, 29, 56.1, 0], rtol=1e-6)
+    discounted = [10, 29, 56.1, 0, 10, 29, 56.1, 0]
+    np.testing.assert_allclose(t.discounted_return, discounted, rtol=1e-6)
     # the action is what the policy's mean and the keyed noise make of the observation
     key = jax.random.fold_in(learner.key[0], 0)
     noise = np.asarray(jax.random.normal(key, (8, 1, U), jnp.float32))[:, 0]
@@ -290,12 +444,24 @@ def check_env_step(ppo):
     np.testing.assert_allclose(t.action, mean + noise, rtol=1e-5, atol=1e-6)
 
 
-def check_bounds(ppo):
+def check_env_action(ppo):
+    """Scaled to bounds where there are two, clipped, reshaped; huge bounds are none."""
     action = np.array([[-2, -1, 0, 0.5, 3]], np.float32)
-    space = Box(np.float32([-1, 0, 2, 0, -np.inf]), np.float32([1, 4, 6, 2, np.inf]), dtype=np.float32)
-    np.testing.assert_allclose(ppo.bounded(action, space, ppo.Args()), [[-1, 0, 4, 1.5, 3]])
-    np.testing.assert_allclose(ppo.bounded(action, space, ppo.Args(scale_actions=False)), [[-1, 0, 2, 0.5, 3]])
-    assert ppo.bounded(np.zeros((3, 4), np.float32), Box(-1, 1, (2, 2)), ppo.Args()).shape == (3, 2, 2)
+    low, high = np.float32([-1, 0, 2, 0, -np.inf]), np.float32([1, 4, 6, 2, np.inf])
+    space = Box(low, high, dtype=np.float32)
+    scaled = ppo.env_action(action, space, ppo.Args())
+    np.testing.assert_allclose(scaled, [[-1, 0, 4, 1.5, 3]])
+    clipped = ppo.env_action(action, space, ppo.Args(scale_actions=False))
+    np.testing.assert_allclose(clipped, [[-1, 0, 2, 0.5, 3]])
+    flat = np.zeros((3, 4), np.float32)
+    assert ppo.env_action(flat, Box(-1, 1, (2, 2)), ppo.Args()).shape == (3, 2, 2)
+    most = float(np.finfo(np.float32).max)
+    huge = ppo.env_action(np.float32([[0.5]]), Box(-most, most, (1,)), ppo.Args())
+    np.testing.assert_allclose(huge, [[0.5]])
+    one_sided = ppo.env_action(np.float32([[0.5]]), Box(-most, 1, (1,)), ppo.Args())
+    np.testing.assert_allclose(one_sided, [[0.5]])
+    whole = ppo.as_space_dtype(np.array([-2.6, -0.4, 0.6, 1.5]), Box(-2, 2, (4,), np.int32))
+    np.testing.assert_array_equal(whole, [-2, 0, 1, 2])  # to the nearest, not towards 0
 
 
 CHECKS = [v for k, v in dict(globals()).items() if k.startswith("check_")]

@@ -1,24 +1,40 @@
-"""What the tests share: the scripts as modules, small settings, and a way to run a script as a user does."""
+"""What the tests share: the scripts as modules, small settings, and runs as users make them."""
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX starts
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # in this process, not in runs: half the time goes into compilation
+# In this process, not in runs: half of the time goes into compilation
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(ROOT.glob("ppo_*.py"))
 TESTS = str(ROOT / "tests")
 sys.path[:0] = [str(ROOT), TESTS]
-# Two iterations that compile and run in no time; a settings list for the command line.
-SMALL_CMA = "--num-envs 1 --num-steps 64 --num-updates 3 --batch-size 16 --hidden-sizes 8 8 --init-updates 9".split()
-SMALL_CMA += ["--total-timesteps", "128"]
-SMALL = "--num-steps 64 --num-minibatches 2 --update-epochs 2 --hidden-sizes 8 8 --total-timesteps 128".split()
+
+
+def words(line):
+    return line.split()
+
+
+# For each script, two iterations that compile and run in no time
+SMALL = {
+    "ppo_continuous": words(
+        "--num-envs 1 --num-steps 64 --num-minibatches 2 --update-epochs 2"
+        " --hidden-sizes 8 8 --total-timesteps 128"
+    ),
+    "ppo_cma": words(
+        "--num-envs 1 --num-steps 64 --num-updates 3 --batch-size 16 --init-updates 9"
+        " --hidden-sizes 8 8 --total-timesteps 128"
+    ),
+}
 
 
 def load(path, text=None):
@@ -30,12 +46,15 @@ def load(path, text=None):
     return module
 
 
-def command(*args, script=ROOT / "ppo_continuous.py"):
-    return [sys.executable, str(script), *map(str, args)]
+def command(script, *args):
+    """Returns the command line of a script, which is a stem or a path."""
+    path = script if isinstance(script, Path) else ROOT / f"{script}.py"
+    return [sys.executable, str(path), *map(str, args)]
 
 
-def environment():
-    return os.environ | {"PYTHONPATH": TESTS, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+def environment(**more):
+    own = {"PYTHONPATH": TESTS, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    return os.environ | own | more
 
 
 @pytest.fixture(scope="session")
@@ -48,14 +67,65 @@ def cma():
     return load(ROOT / "ppo_cma.py")
 
 
+def pytest_addoption(parser):
+    every = "run costly tests on every script, not on one of them each"
+    parser.addoption("--every-script", action="store_true", help=every)
+
+
+def pytest_configure(config):
+    line = "costly: run on one of the scripts, as they share the text that it tests"
+    config.addinivalue_line("markers", line)
+
+
+def pytest_generate_tests(metafunc):
+    """Gives a test's argument `script` every script's name, or one name if the test is costly."""
+    given = [x for mark in metafunc.definition.iter_markers("parametrize") for x in mark.args[:1]]
+    if "script" not in metafunc.fixturenames or any("script" in names for names in given):
+        return
+    names = [path.stem for path in SCRIPTS]
+    costly = metafunc.definition.get_closest_marker("costly")
+    if costly and not metafunc.config.getoption("--every-script"):
+        names = [names[zlib.crc32(metafunc.function.__name__.encode()) % len(names)]]
+    metafunc.parametrize("script", names)
+
+
 @pytest.fixture
 def run(tmp_path):
-    """Runs a script in an empty folder; returns the finished process."""
+    """Runs a script in an empty folder, with its small settings; returns the finished process."""
 
-    def run(*args, check=True, script="ppo_continuous"):
-        line = command(*args, script=ROOT / f"{script}.py")
-        done = subprocess.run(line, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    def run(script, *args, check=True, small=True):
+        line = command(script, *(SMALL[script] if small else []), *args)
+        done = subprocess.run(
+            line, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300
+        )
         assert not check or done.returncode == 0, done.stderr
         return done
 
     return run
+
+
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory):
+    """Trains each script once, on a counter, two iterations with a checkpoint each."""
+    folders = {}
+
+    def train(script):
+        if script not in folders:
+            folder = tmp_path_factory.mktemp(script) / "a"
+            flags = [*SMALL[script], "--env-id", "scripted:Counter-v0", "--run-dir", folder]
+            line = command(script, *flags, "--checkpoint-interval", 1)
+            subprocess.run(line, env=environment(), check=True, capture_output=True)
+            folders[script] = folder
+        return folders[script]
+
+    return train
+
+
+@pytest.fixture
+def trained(trained_once, tmp_path):
+    """Lays a finished run of a script into the empty folder, as `a`; returns its folder."""
+
+    def lay(script):
+        return Path(shutil.copytree(trained_once(script), tmp_path / "a"))
+
+    return lay

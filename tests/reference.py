@@ -1,4 +1,4 @@
-"""PPO's mathematics again, from the papers, in float64 NumPy: plain loops and ifs, nothing shared with the scripts."""
+"""PPO's mathematics again, from the papers, in float64 NumPy: plain loops, nothing shared."""
 
 import math
 
@@ -6,8 +6,9 @@ import numpy as np
 
 
 def gae(reward, terminated, done, value, gamma, gae_lambda):
-    """Returns advantages [T, N], by the definition: a sum of discounted errors up to the episode's end (1506.02438).
+    """Returns advantages [T, N], by the definition in arXiv 1506.02438.
 
+    That is a sum of discounted errors up to the episode's end.
     value is [T + 1, N]: value[t + 1] is that of the true observation after step t.
     """
     T, N = reward.shape
@@ -33,7 +34,7 @@ def log_prob(mean, log_std, action):
 
 
 def expectation(mean, log_std, function):
-    """Returns E[function(x)], x ~ N(mean, exp(log_std)^2) in one dimension, by the trapezoid rule."""
+    """Returns E[function(x)], x ~ N(mean, exp(log_std)^2) in R, by the trapezoid rule."""
     std = math.exp(log_std)
     x = np.linspace(mean - 12 * std, mean + 12 * std, 20001)
     density = np.exp(-0.5 * ((x - mean) / std) ** 2) / (std * math.sqrt(2 * math.pi))
@@ -47,13 +48,18 @@ def entropy(log_std):
 def kl(old_mean, old_log_std, new_mean, new_log_std):
     """Returns KL(old || new) of two diagonal Gaussians [U]."""
     total = 0.0
-    for m0, s0, m1, s1 in zip(old_mean, np.exp(old_log_std), new_mean, np.exp(new_log_std), strict=True):
+    for m0, s0, m1, s1 in zip(
+        old_mean, np.exp(old_log_std), new_mean, np.exp(new_log_std), strict=True
+    ):
         total += math.log(s1 / s0) + (s0**2 + (m0 - m1) ** 2) / (2 * s1**2) - 0.5
     return total
 
 
 def mlp(layers, x):
-    """Returns the output and all activations of a tanh network; layers is a list of (kernel [in, out], bias [out])."""
+    """Returns the output and all activations of a tanh network.
+
+    layers: a list of (kernel [in, out], bias [out]).
+    """
     activations = [x]
     for i, (kernel, bias) in enumerate(layers):
         x = x @ kernel + bias
@@ -81,13 +87,16 @@ def normalized_advantage(advantage, mask):
 
 
 def loss(policy, value, batch, s):
-    """Returns the loss and metrics of a minibatch, and the gradient of the loss in mean [B, U], log_std [U], value [B].
+    """Returns the loss and metrics of a minibatch, and its gradient, one sample after another.
 
-    policy: (mean [B, U], log_std [U]) now; batch: a dict of arrays; s: a dict of settings. One sample after another.
+    The gradient is in mean [B, U], log_std [U] and value [B]. policy: (mean [B, U], log_std [U])
+    now; batch: a dict of arrays; s: a dict of settings.
     """
     (mean, log_std), B = policy, len(value)
     real = int(batch["mask"].sum())
-    out = dict.fromkeys(("policy_loss", "value_loss", "entropy", "approx_kl", "kl", "clipfrac"), 0.0)
+    out = dict.fromkeys(
+        ("policy_loss", "value_loss", "entropy", "approx_kl", "kl", "clipfrac"), 0.0
+    )
     d_mean, d_log_std, d_value = np.zeros_like(mean), np.zeros_like(log_std), np.zeros(B)
     for i in range(B):
         if not batch["mask"][i]:
@@ -99,14 +108,20 @@ def loss(policy, value, batch, s):
         d_log_mean, d_log_log_std = (a - mean[i]) / var, (a - mean[i]) ** 2 / var - 1
         one_kl = kl(old_mean, old_log_std, mean[i], log_std)
         low, high = 1 - s["clip_coef"], 1 + s["clip_coef"]
-        if s["objective"] == "clip":
+        if s["objective"] == "none":
+            policy_loss, d_log = -ratio * adv, -ratio * adv
+        elif s["objective"] == "clip":
             surrogate = min(ratio * adv, min(max(ratio, low), high) * adv)  # to be maximised
             active = ratio * adv <= min(max(ratio, low), high) * adv
             policy_loss, d_log = -surrogate, -ratio * adv if active else 0.0
         else:
             policy_loss, d_log = -ratio * adv + s["kl_coef"] * one_kl, -ratio * adv
             d_mean[i] += s["kl_coef"] * (mean[i] - old_mean) / var / real
-            d_log_std += s["kl_coef"] * (1 - (np.exp(2 * old_log_std) + (old_mean - mean[i]) ** 2) / var) / real
+            d_log_std += (
+                s["kl_coef"]
+                * (1 - (np.exp(2 * old_log_std) + (old_mean - mean[i]) ** 2) / var)
+                / real
+            )
         d_mean[i] += d_log * d_log_mean / real
         d_log_std += d_log * d_log_log_std / real - s["ent_coef"] / real
         error, old = value[i] - batch["target"][i], batch["value"][i]
@@ -127,7 +142,7 @@ def loss(policy, value, batch, s):
 
 
 class Adam:
-    """Kingma and Ba 2014, algorithm 1, over a list of arrays, behind a bound on the global gradient norm."""
+    """Kingma and Ba 2014, algorithm 1, behind a bound on the global gradient norm."""
 
     def __init__(self, params, max_norm, eps=1e-5):
         self.m, self.v, self.t = [0 * p for p in params], [0 * p for p in params], 0
@@ -147,7 +162,7 @@ class Adam:
 
 
 def moments(x, mask, mean, var, count):
-    """Returns mean, variance and count of what (mean, var, count) stand for together with x where mask is 1."""
+    """Returns mean, variance and count that also stand for x where mask is 1."""
     real = x[mask > 0]
     total = count + len(real)
     new_mean = (mean * count + real.sum(axis=0)) / total
@@ -155,12 +170,12 @@ def moments(x, mask, mean, var, count):
     return new_mean, second - new_mean**2, total
 
 
-def update(nets, rollout, stats, orders, learning_rate, s):
-    """Returns (actor, log_std, critic), the statistics and the mean metrics after PPO on one rollout without copies.
+def update(nets, rollout, stats, orders, s):
+    """Returns (actor, log_std, critic), statistics and mean metrics after PPO on one rollout.
 
-    nets: (actor, log_std, critic), of which actor and critic are lists of (kernel, bias); rollout: a dict, obs
-    [T + 1, N, D], else [T, N, ...]; stats: a dict of obs and ret, each (mean, var, count); orders: [E, M, B] indices
-    into [T*N]; s: a dict of settings.
+    nets: (actor, log_std, critic), of which actor and critic are lists of (kernel, bias);
+    rollout: a dict, obs [T + 1, N, D], else [T, N, ...]; stats: a dict of obs and ret, each
+    (mean, var, count); orders: [E, M, B] indices into [T*N]; s: a dict of settings.
     """
     (actor, log_std, critic), (mean, var, _) = nets, stats["obs"]
     obs = np.clip((rollout["obs"] - mean) / np.sqrt(var + 1e-8), -s["clip_obs"], s["clip_obs"])
@@ -178,13 +193,17 @@ def update(nets, rollout, stats, orders, learning_rate, s):
 
     def advantages(critic):
         value = values(critic)
-        advantage = gae(reward, rollout["terminated"], rollout["done"], value, s["gamma"], s["gae_lambda"])
+        advantage = gae(
+            reward, rollout["terminated"], rollout["done"], value, s["gamma"], s["gae_lambda"]
+        )
         return advantage.ravel(), (advantage + value[:-1]).ravel()
 
     flat = obs[:-1].reshape(T * N, -1)
     old_mean, action = mlp(actor, flat)[0], rollout["action"].reshape(T * N, -1)
     old_value = values(critic)[:-1].ravel()
-    old_log_prob = np.array([log_prob(m, log_std, a) for m, a in zip(old_mean, action, strict=True)])
+    old_log_prob = np.array(
+        [log_prob(m, log_std, a) for m, a in zip(old_mean, action, strict=True)]
+    )
     old_log_std = np.tile(log_std, (T * N, 1))
     advantage, target = advantages(critic)
     params = [x for layer in actor + critic for x in layer] + [log_std]
@@ -194,8 +213,17 @@ def update(nets, rollout, stats, orders, learning_rate, s):
             advantage, target = advantages(critic)
         for index in epoch:
             weights = mask.ravel()[index]
-            batch = {"mask": weights, "action": action[index], "old_mean": old_mean[index], "target": target[index]}
-            batch |= {"old_log_std": old_log_std[index], "log_prob": old_log_prob[index], "value": old_value[index]}
+            batch = {
+                "mask": weights,
+                "action": action[index],
+                "old_mean": old_mean[index],
+                "target": target[index],
+            }
+            batch |= {
+                "old_log_std": old_log_std[index],
+                "log_prob": old_log_prob[index],
+                "value": old_value[index],
+            }
             batch["advantage"] = normalized_advantage(advantage[index], weights)
             mean, actor_activations = mlp(actor, flat[index])
             value, critic_activations = mlp(critic, flat[index])
@@ -203,7 +231,8 @@ def update(nets, rollout, stats, orders, learning_rate, s):
             seen.append(metrics)
             grads = mlp_gradient(actor, actor_activations, d_mean)
             grads += mlp_gradient(critic, critic_activations, d_value[:, None])
-            params = adam.step(params, [x for layer in grads for x in layer] + [d_log_std], learning_rate)
+            flat_grads = [x for layer in grads for x in layer] + [d_log_std]
+            params = adam.step(params, flat_grads, s["learning_rate"])
             layers = list(zip(params[:-1:2], params[1:-1:2], strict=True))
             actor, critic, log_std = layers[: len(actor)], layers[len(actor) :], params[-1]
     return (actor, log_std, critic), new_stats, {k: np.mean([m[k] for m in seen]) for k in seen[0]}
@@ -225,12 +254,18 @@ def log_prob_full(mean, cov, action):
 
 
 def cma_std_loss(advantage, mean, covs, action):
-    terms = [max(a, 0.0) * log_prob_full(*row) for a, *row in zip(advantage, mean, covs, action, strict=True)]
+    terms = [
+        max(a, 0.0) * log_prob_full(*row)
+        for a, *row in zip(advantage, mean, covs, action, strict=True)
+    ]
     return -sum(terms) / len(terms)
 
 
 def cma_mean_loss(advantage, mean, covs, action, old_mean, mirror, full):
-    """The loss of the mean; mirror: also -A times the kernel for the mirror image of an action with A < 0."""
+    """The loss of the mean.
+
+    mirror: also -A times the kernel for the mirror image of an action with A < 0.
+    """
     total = 0.0
     for a, m, cov, x, old in zip(advantage, mean, covs, action, old_mean, strict=True):
         if a > 0:
@@ -254,8 +289,9 @@ def critic_loss(value, target, kind):
 
 
 def decisions(t, repeat):
-    """Returns, per environment, a list of (first step, reward, terminated, done, mask-like next index) of decisions.
+    """Returns, per environment, a list of its decisions.
 
+    Each is (first step, reward, terminated, done, next index).
     t is a dict of [T, N]; the next index is that of the row whose observation follows the decision.
     """
     T, N = t["mask"].shape

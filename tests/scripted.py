@@ -1,20 +1,28 @@
-"""Environments whose every number is known: for the tests, under ids such as scripted:Counter-v0."""
+"""Environments whose every number is known, under ids such as scripted:Counter-v0.
+
+And such as users bring along: that raise, hang, never end, or return what is no number.
+"""
+
+import time
+from typing import ClassVar
 
 import gymnasium
 import numpy as np
-from gymnasium.spaces import Box, Dict
+from gymnasium import spaces
+from gymnasium.spaces import Box
 
 
 class Counter(gymnasium.Env):
-    """Counts to `length`, then ends; the reward is 1 less the squared distance of the action from 0.5.
+    """Counts to `length`, then ends; rewards 1 less the squared distance of the action from 0.5.
 
-    Every episode begins alike, and with its reset step fills `length + 1` steps: where those divide a rollout, a
-    resumed run cannot be told from one that never stopped.
+    Every episode begins alike, and with its reset step fills `length + 1` steps: where those
+    divide a rollout, a resumed run cannot be told from one that never stopped.
     """
 
     def __init__(self, length=7, end="truncated", space=None):
         self.length, self.end, self.count = length, end, 0
-        self.observation_space, self.action_space = Box(-np.inf, np.inf, (2,)), space or Box(-1, 1, (1,))
+        self.observation_space = Box(-np.inf, np.inf, (2,))
+        self.action_space = space or Box(-1, 1, (1,))
 
     def obs(self):
         return np.array([self.count / self.length, 1.0], np.float32)
@@ -28,8 +36,10 @@ class Counter(gymnasium.Env):
         self.count += 1
         ended = self.count == self.length
         reward = 1 - float(np.square(np.asarray(action, float) - 0.5).sum())
+        terminated = ended and self.end != "truncated"
+        truncated = ended and self.end in ("truncated", "both")
         info = {"non-terminal done": True} if self.end == "non-terminal" and ended else {}
-        return self.obs(), reward, ended and self.end != "truncated", ended and self.end == "truncated", info
+        return self.obs(), reward, terminated, truncated, info
 
 
 class Mirrored(Counter):
@@ -39,30 +49,132 @@ class Mirrored(Counter):
         return np.stack([obs, -obs])
 
 
+class Fickle(Counter):
+    """With observation augmentation that changes its number of copies."""
+
+    def augment_observation(self, obs):
+        return np.stack([obs] * (3 if self.count == 5 else 2))
+
+
 class Nested(Counter):
     """With a Dict of observations of different shapes and an action of two axes."""
 
     def __init__(self):
         super().__init__(space=Box(-2, 2, (2, 3)))
-        self.observation_space = Dict(flat=Box(-np.inf, np.inf, (2,)), image=Box(0, 1, (2, 3), np.float64))
+        image = Box(0, 1, (2, 3), np.float64)
+        self.observation_space = spaces.Dict(flat=Box(-np.inf, np.inf, (2,)), image=image)
 
     def obs(self):
         return {"flat": super().obs(), "image": np.full((2, 3), self.count / 10)}
 
 
-class Broken(Counter):
-    """Returns a reward that is no number, after 100 steps."""
+class Choices(Counter):
+    """With observations that are numbers of choices."""
 
-    steps = 0
+    def __init__(self):
+        super().__init__()
+        self.observation_space = spaces.Dict(
+            number=spaces.Discrete(4, start=5),
+            pair=spaces.MultiDiscrete([3, 2]),
+            bits=spaces.MultiBinary(3),
+        )
+
+    def obs(self):
+        number = np.int64(5 + self.count % 4)
+        bits = np.array([1, 0, self.count % 2], np.int8)
+        return {"number": number, "pair": np.array([self.count % 3, 0]), "bits": bits}
+
+
+class Integers(Counter):
+    """With an action of whole numbers."""
+
+    seen: ClassVar[list] = []
+
+    def __init__(self):
+        super().__init__(space=Box(-3, 3, (1,), np.int64))
+
+    def step(self, action):
+        Integers.seen.append(action[0])
+        return super().step(action)
+
+
+class Broken(Counter):
+    """After 100 steps, `what` goes wrong: a reward or an observation, an exception, an output."""
+
+    def __init__(self, what="reward"):
+        super().__init__()
+        self.what, self.steps = what, 0
 
     def step(self, action):
         obs, reward, *rest = super().step(action)
-        Broken.steps += 1
-        return obs, np.nan if Broken.steps > 100 else reward, *rest
+        self.steps += 1
+        if self.steps == 100:
+            if self.what == "reward":
+                reward = np.nan
+            if self.what == "obs":
+                obs = np.array([np.inf, 1], np.float32)
+            if self.what == "raise":
+                raise RuntimeError("the gripper\nis stuck")
+            if self.what == "shape":
+                obs = np.zeros(3, np.float32)
+            if self.what == "text":
+                reward = "a lot"
+        return obs, reward, *rest
+
+
+class Endless(Counter):
+    """Never ends."""
+
+    def __init__(self):
+        super().__init__(length=10**9)
+
+
+class Slow(Counter):
+    """Takes `seconds` for a step, from step `begin` on."""
+
+    def __init__(self, seconds=0.01, begin=0):
+        super().__init__()
+        self.seconds, self.begin, self.steps = seconds, begin, 0
+
+    def step(self, action):
+        self.steps += 1
+        if self.steps > self.begin:
+            time.sleep(self.seconds)
+        return super().step(action)
+
+
+class Needy(Counter):
+    """Cannot be made without being told its length."""
+
+    def __init__(self, size):
+        super().__init__(length=size)
+
+
+class Failing(Counter):
+    """Cannot be made at all."""
+
+    def __init__(self):
+        raise OSError("no licence\nfound")
+
+
+class Talking(Counter):
+    """Observes text."""
+
+    def __init__(self):
+        super().__init__()
+        self.observation_space = spaces.Text(5)
+
+
+class Empty(Counter):
+    """Observes nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.observation_space = Box(-1, 1, (0,))
 
 
 class Corridor(Counter):
-    """Rewards only the last step, by the action; ends by truncation, so that the value beyond it counts, too."""
+    """Rewards only the last step, by the action; its end is a truncation."""
 
     def step(self, action):
         obs, reward, *rest = super().step(action)
@@ -73,10 +185,22 @@ for name, entry, settings in (
     ("Counter-v0", Counter, {}),
     ("Terminal-v0", Counter, {"end": "terminated"}),
     ("NonTerminal-v0", Counter, {"end": "non-terminal"}),
+    ("BothEnds-v0", Counter, {"end": "both"}),
     ("Mirrored-v0", Mirrored, {}),
+    ("Fickle-v0", Fickle, {}),
     ("Nested-v0", Nested, {}),
+    ("Choices-v0", Choices, {}),
+    ("Integers-v0", Integers, {}),
     ("Broken-v0", Broken, {}),
+    ("Endless-v0", Endless, {}),
+    ("Slow-v0", Slow, {}),
+    ("Needy-v0", Needy, {}),
+    ("Failing-v0", Failing, {}),
+    ("Talking-v0", Talking, {}),
+    ("Empty-v0", Empty, {}),
     ("Corridor-v0", Corridor, {}),
-    ("Discrete-v0", Counter, {"space": gymnasium.spaces.Discrete(3)}),
+    ("Discrete-v0", Counter, {"space": spaces.Discrete(3)}),
+    ("NoActions-v0", Counter, {"space": Box(-1, 1, (0,))}),
+    ("Unbounded-v0", Counter, {"space": Box(-np.inf, np.inf, (1,))}),
 ):
     gymnasium.register(name, entry_point=entry, kwargs=settings, disable_env_checker=True)

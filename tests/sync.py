@@ -1,35 +1,66 @@
-"""Copies a shared definition from the script where it changed since the last commit into the other scripts.
+"""Copies a shared definition from the script where it changed into the other scripts.
 
-python -m tests.sync NAME ...  # from the repository's root; exit code 2, and nothing written, where two changed
+    python -m tests.sync NAME ...  # from the repository's root
+
+Changed means: since the last commit. Where two have changed, nothing is written: exit code 2.
 """
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-from test_style import definitions
+
+def definitions(path: Path) -> dict[str, str]:
+    """Returns {name: text} of a script's top level, with decorators and the comments above."""
+    source = path.read_text()
+    lines = source.splitlines()
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            module = getattr(node, "module", "")
+            for alias in node.names:
+                bound = (alias.asname or alias.name).split(".")[0]
+                found[bound] = f"import {module}:{alias.name}"
+            continue
+        targets = [x for target in getattr(node, "targets", []) for x in ast.walk(target)]
+        names = [x.id for x in targets if isinstance(x, ast.Name)]
+        if hasattr(node, "name"):
+            names.append(node.name)
+        decorators = getattr(node, "decorator_list", [])
+        first = min(node.lineno, *(x.lineno for x in [node, *decorators]))
+        while is_comment(lines[first - 2]):
+            first -= 1
+        found |= dict.fromkeys(names, "\n".join(lines[first - 1 : node.end_lineno]))
+    return found
+
+
+def is_comment(line: str) -> bool:
+    """Returns whether a line is a comment, but no banner."""
+    return line.startswith("#") and not line.startswith("# ---")
 
 
 def committed(path: Path) -> str:
-    shown = subprocess.run(["git", "show", f"HEAD:./{path.name}"], cwd=path.parent, capture_output=True, text=True)
-    return shown.stdout
+    """Returns a script's text as of the last commit."""
+    show = ["git", "show", f"HEAD:./{path.name}"]
+    return subprocess.run(show, cwd=path.parent, capture_output=True, text=True).stdout
 
 
 def sync(root: Path, name: str) -> str:
-    """Returns what it did. Raises: SystemExit where no script or several scripts hold a change of their own."""
-    now = {p: definitions(p).get(name) for p in sorted(root.glob("ppo_*.py"))}
-    now = {p: text for p, text in now.items() if text}
-    texts = {text for path, text in now.items() if text not in committed(path)}
-    if len(texts) != 1:
-        found = "nothing" if not texts else "several scripts, each in its own way"
-        print(f"{name}: since the last commit {found} changed: edit it in one script", file=sys.stderr)
+    """Returns what it did. Raises: SystemExit where not exactly one script has a new version."""
+    texts = {path: definitions(path).get(name) for path in sorted(root.glob("ppo_*.py"))}
+    texts = {path: text for path, text in texts.items() if text}
+    changed = {text for path, text in texts.items() if text not in committed(path)}
+    if len(changed) != 1:
+        found = "several scripts, each in its own way," if changed else "nothing"
+        line = f"{name}: since the last commit {found} changed: edit it in one script"
+        print(line, file=sys.stderr)
         sys.exit(2)
-    (new,) = texts
-    behind = [path for path, text in now.items() if text != new]
+    (new,) = changed
+    behind = [path for path, text in texts.items() if text != new]
     for path in behind:
-        path.write_text(path.read_text().replace(now[path], new, 1))
-    return f"{name}: copied into {', '.join(p.name for p in behind) or 'no other script'}"
+        path.write_text(path.read_text().replace(texts[path], new, 1))
+    return f"{name}: copied into {', '.join(path.name for path in behind) or 'no other script'}"
 
 
 if __name__ == "__main__":

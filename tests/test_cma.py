@@ -1,13 +1,17 @@
-"""ppo_cma.py: its losses, its decisions, its variance's behaviour, and what it shares with ppo_continuous.py."""
+"""ppo_cma.py: its losses, decisions and variance, and what it shares with ppo_continuous.py."""
 
+import re
 import sys
 from dataclasses import replace
+from functools import partial
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from checks import schedule
 from conftest import ROOT
 from gymnasium.spaces import Box
 
@@ -24,21 +28,36 @@ class Direct:
 
     def apply(self, params, obs, time=0.0):
         mean, log_std, skew, value = params
-        extra = () if not hasattr(self.module, "critic_loss") else (None if skew is None else jnp.tril(skew, -1),)
-        return self.module.Gaussian(mean, log_std, *extra), value
+        if not hasattr(self.module, "critic_loss"):
+            return self.module.Gaussian(mean, log_std), value
+        skew = None if skew is None else jnp.tril(skew, -1)
+        return self.module.Gaussian(mean, log_std, skew), value
 
 
 def case(full, seed=0):
+    """Returns parameters, their covariances [B, U, U], and the data of a minibatch."""
     rng = np.random.default_rng(seed)
-    mean, log_std, value = rng.normal(0, 1, (B, U)), rng.normal(0, 0.3, (B, U)), rng.normal(0, 1, B)
+    mean, log_std = rng.normal(0, 1, (B, U)), rng.normal(0, 0.3, (B, U))
+    value = rng.normal(0, 1, B)
     skew = rng.normal(0, 0.5, (B, U, U)) if full else None
-    covs = [reference.covariance(s, k) for s, k in zip(log_std, skew if full else np.zeros((B, U, U)), strict=True)]
-    data = {"advantage": rng.normal(0, 1, B), "action": mean + rng.normal(0, 1, (B, U)), "target": rng.normal(0, 1, B)}
-    data |= {"mean": mean + rng.normal(0, 0.3, (B, U)), "log_prob": rng.normal(-3, 0.3, B)}
-    return (mean, log_std, skew, value), covs, data
+    data = {
+        "advantage": rng.normal(0, 1, B),
+        "action": mean + rng.normal(0, 1, (B, U)),
+        "target": rng.normal(0, 1, B),
+        "mean": mean + rng.normal(0, 0.3, (B, U)),
+        "log_prob": rng.normal(-3, 0.3, B),
+    }
+    return (mean, log_std, skew, value), covariances(log_std, skew), data
+
+
+def covariances(log_std, skew):
+    """Returns covariances [B, U, U]; skew None is 0."""
+    skew = np.zeros((B, U, U)) if skew is None else skew
+    return [reference.covariance(*row) for row in zip(log_std, skew, strict=True)]
 
 
 def numeric(f, x, index, h=1e-6):
+    """Returns the derivative of f in one element of x, by central differences."""
     ends = []
     for sign in (1, -1):
         moved = np.array(x)
@@ -48,70 +67,94 @@ def numeric(f, x, index, h=1e-6):
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["diagonal", "full"])
-def test_log_prob_sample_and_losses(cma, full):
-    """Against matrices and loops in NumPy; gradients against central differences of the NumPy losses."""
+def test_distribution(cma, full):
+    """Against matrices in NumPy; standardize undoes sample_action."""
     params, covs, d = case(full)
-    mean, log_std, skew, value = params
-    covariance = "full" if full else "diagonal"
+    mean, _, _, _ = params
     with jax.enable_x64(True):
-        batch = cma.Batch(obs=None, time=None, **{k: jnp.asarray(v) for k, v in d.items()})
-        policy = Direct(cma).apply(params, None)[0]
-        expected = [reference.log_prob_full(*row) for row in zip(mean, covs, d["action"], strict=True)]
+        policy, _ = Direct(cma).apply(params, None)
+        rows = zip(mean, covs, d["action"], strict=True)
+        expected = [reference.log_prob_full(*row) for row in rows]
         np.testing.assert_allclose(cma.log_prob(policy, d["action"]), expected, **CLOSE)
-        noise = cma.standardize(policy, d["action"])  # sampling undoes it
+        noise = cma.standardize(policy, d["action"])
         np.testing.assert_allclose(cma.sample_action(policy, noise), d["action"], **CLOSE)
         expected = [0.5 * np.log(np.linalg.det(2 * np.pi * np.e * c)) for c in covs]
         np.testing.assert_allclose(cma.entropy(policy), expected, **CLOSE)
-        # variance
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["diagonal", "full"])
+def test_losses(cma, full):
+    """Against loops in NumPy; gradients against central differences of those."""
+    params, covs, d = case(full)
+    mean, log_std, skew, value = params
+    action, advantage = d["action"], d["advantage"]
+    covariance = "full" if full else "diagonal"
+
+    def std_loss(log_std):
+        moved = covariances(log_std, skew)
+        return reference.cma_std_loss(advantage, mean, moved, action)
+
+    with jax.enable_x64(True):
+        batch = cma.Batch(obs=None, time=None, **{k: jnp.asarray(v) for k, v in d.items()})
+        rest = (batch, None, Direct(cma))
         args = cma.Args(covariance=covariance)
-        loss, grad = jax.value_and_grad(cma.cma_std_loss)(params, batch, Direct(cma), args)
-        np.testing.assert_allclose(loss, reference.cma_std_loss(d["advantage"], mean, covs, d["action"]), **CLOSE)
-
-        def by_log_std(x):
-            c = [reference.covariance(s, k) for s, k in zip(x, skew if full else np.zeros((B, U, U)), strict=True)]
-            return reference.cma_std_loss(d["advantage"], mean, c, d["action"])
-
+        loss, grad = jax.value_and_grad(cma.cma_std_loss)(params, *rest, args)
+        np.testing.assert_allclose(loss, std_loss(log_std), **CLOSE)
         for index in [(0, 0), (3, 1), (7, 2)]:
-            np.testing.assert_allclose(grad[1][index], numeric(by_log_std, log_std, index), rtol=1e-5, atol=1e-8)
-        # mean, with and without mirroring
+            expected = numeric(std_loss, log_std, index)
+            np.testing.assert_allclose(grad[1][index], expected, rtol=1e-5, atol=1e-8)
+
         for algorithm in ("ppo-cma-m", "ppo-cma"):
             args = cma.Args(covariance=covariance, algorithm=algorithm)
-            loss, grad = jax.value_and_grad(cma.cma_mean_loss)(params, batch, Direct(cma), args)
+            loss, grad = jax.value_and_grad(cma.cma_mean_loss)(params, *rest, args)
+            mirror = algorithm == "ppo-cma-m"
 
-            def by_mean(x):
-                rest = covs, d["action"], d["mean"], algorithm == "ppo-cma-m", full  # noqa: B023
-                return reference.cma_mean_loss(d["advantage"], x, *rest)
+            def mean_loss(mean, mirror=mirror):
+                own = (advantage, mean, covs, action, d["mean"], mirror, full)
+                return reference.cma_mean_loss(*own)
 
-            np.testing.assert_allclose(loss, by_mean(mean), **CLOSE)
+            np.testing.assert_allclose(loss, mean_loss(mean), **CLOSE)
             for index in [(0, 0), (3, 1), (7, 2), (11, 0)]:
-                np.testing.assert_allclose(grad[0][index], numeric(by_mean, mean, index), rtol=1e-5, atol=1e-8)
-        # critic
+                expected = numeric(mean_loss, mean, index)
+                np.testing.assert_allclose(grad[0][index], expected, rtol=1e-5, atol=1e-8)
+
         for kind in ("l1", "l2", "soft-l1"):
-            loss = cma.critic_loss(params, batch, Direct(cma), cma.Args(value_loss=kind))
-            np.testing.assert_allclose(loss, reference.critic_loss(value, d["target"], kind), **CLOSE)
+            loss = cma.critic_loss(params, *rest, cma.Args(value_loss=kind))
+            expected = reference.critic_loss(value, d["target"], kind)
+            np.testing.assert_allclose(loss, expected, **CLOSE)
 
 
 def test_ppo_mode_is_ppo_continuous(cma, ppo):
     """The same loss of the policy, and the same gradient."""
-    (mean, log_std, _, value), _, d = case(full=False)
-    log_prob = [reference.log_prob(*row) for row in zip(d["mean"], log_std, d["action"], strict=True)]
+    params, _, d = case(full=False)
+    _, log_std, _, value = params
+    rows = zip(d["mean"], log_std, d["action"], strict=True)
+    d["log_prob"] = np.array([reference.log_prob(*row) for row in rows])
+    numbers = {"clip_coef": 0.2, "ent_coef": 0.03}
     with jax.enable_x64(True):
-        args = cma.Args(algorithm="ppo", clip_coef=0.2, ent_coef=0.03)
-        batch = cma.Batch(obs=None, time=None, **d | {"log_prob": np.array(log_prob)})
-        mine = jax.value_and_grad(cma.policy_loss)((mean, log_std, None, value), batch, Direct(cma), args)
-        theirs_args = ppo.Args(vf_coef=0.0)
-        old, rest = ppo.Gaussian(d["mean"], log_std), (np.array(log_prob), value, d["advantage"], d["target"])
-        theirs_batch = ppo.Batch(None, d["action"], old, *rest, np.ones(B))
-        schedule = ppo.Schedule(*map(np.float64, (1e-3, 0.2, 0.03, 1.0)))
-        theirs = jax.value_and_grad(ppo.ppo_loss, has_aux=True)
-        (loss, _), grad = theirs((mean, log_std, None, value), theirs_batch, schedule, Direct(ppo), theirs_args)
-    np.testing.assert_allclose(mine[0], loss, rtol=1e-12)
-    for a, b in zip(mine[1][:2], grad[:2], strict=True):
+        batch = cma.Batch(obs=None, time=None, **d)
+        rest = (batch, schedule(cma, **numbers), Direct(cma), cma.Args(algorithm="ppo"))
+        mine, grad = jax.value_and_grad(cma.policy_loss)(params, *rest)
+        batch = ppo.Batch(
+            obs=None,
+            action=d["action"],
+            policy=ppo.Gaussian(d["mean"], log_std),
+            log_prob=d["log_prob"],
+            value=value,
+            advantage=d["advantage"],
+            target=d["target"],
+            mask=np.ones(B),
+        )
+        loss = jax.value_and_grad(ppo.ppo_loss, has_aux=True)
+        rest = (batch, schedule(ppo, **numbers), Direct(ppo), ppo.Args())
+        (theirs, _), their_grad = loss(params, *rest)
+    np.testing.assert_allclose(mine, theirs, rtol=1e-12)
+    for a, b in zip(grad[:2], their_grad[:2], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14)
 
 
 def scripted_steps(rng, T=41, N=3):
-    """Returns a dict of [T, N]: simulation steps with episodes of odd and even lengths that end in both ways."""
+    """Returns a dict of [T, N]: steps of episodes of all lengths that end in both ways."""
     t = {k: np.zeros((T, N)) for k in ("reward", "terminated", "done", "mask", "episodic_length")}
     for n in range(N):
         length, end, resetting = n, 7 + n, False  # the first episodes began before
@@ -130,15 +173,19 @@ def scripted_steps(rng, T=41, N=3):
 
 @pytest.mark.parametrize("repeat", [1, 2, 3])
 def test_decisions_and_their_advantages(cma, repeat):
-    """Each decision's reward, end, time and next observation against a loop; advantages against the reference's GAE."""
+    """Each decision's reward, end, time and next observation, and its advantage, against a loop."""
     rng = np.random.default_rng(repeat)
     t = scripted_steps(rng)
     T, N = t["mask"].shape
-    index = np.broadcast_to(np.arange(T + 1.0)[:, None], (T + 1, N))  # observations that tell their row
+    index = np.broadcast_to(
+        np.arange(T + 1.0)[:, None], (T + 1, N)
+    )  # observations that tell their row
     zero = np.zeros((T, N))
-    steps = cma.Transition(obs=index, action=index[:-1, :, None], **t, episodic_return=zero, discounted_return=zero)
+    steps = cma.Transition(
+        obs=index, action=index[:-1, :, None], **t, episodic_return=zero, discounted_return=zero
+    )
     with jax.enable_x64(True):
-        new, time = jax.tree.map(np.asarray, cma.decisions(steps, repeat))
+        new, time = jax.tree.map(np.asarray, cma.merge_held_steps(steps, repeat))
         value = rng.normal(0, 1, T + 1)[np.asarray(new.obs, int)]
         advantage, _ = cma.compute_gae(new, value, 0.9, 0.8)
     seen = 0
@@ -154,7 +201,11 @@ def test_decisions_and_their_advantages(cma, repeat):
             seen += 1
         total = 0.0
         for row in rows[::-1]:  # backwards, by hand
-            delta = new.reward[row, n] + 0.9 * value[row + 1, n] * (1 - new.terminated[row, n]) - value[row, n]
+            delta = (
+                new.reward[row, n]
+                + 0.9 * value[row + 1, n] * (1 - new.terminated[row, n])
+                - value[row, n]
+            )
             total = delta + 0.72 * (1 - new.done[row, n]) * total
             np.testing.assert_allclose(advantage[row, n], total, rtol=1e-10)
     assert seen > 20
@@ -174,29 +225,43 @@ def test_scaler_is_the_mean_over_iterations_and_never_grows(cma):
 
 
 def bandit(cma, **settings):
-    """Returns a network, a learner and a rollout of one-step episodes, of which every third row is none."""
-    args = cma.Args(num_envs=30, num_steps=2, action_repeat=1, batch_size=16, num_updates=3, init_updates=5, **settings)
+    """Returns a network, a learner and a rollout of one-step episodes; every third row is none."""
+    small = {"batch_size": 16, "num_updates": 3, "init_updates": 5}
+    args = cma.Args(num_envs=30, num_steps=2, action_repeat=1, **small, **settings)
     network = cma.ActorCritic(Box(-2, 2, (U,), np.float32), args)
     learner = cma.init_learner(np.uint32(3), np.zeros(2, np.float32), network, args)
     rng, shape = np.random.default_rng(1), (args.num_steps, args.num_envs)
     mask = (np.arange(60).reshape(shape) % 3 > 0).astype(np.float32)
-    flat = [np.float32(x) for x in (rng.normal(0, 1, shape), mask, mask, mask, mask, mask, mask)]
-    obs = rng.normal(0, 1, (3, 30, 1, 2)).astype(np.float32)
-    return args, network, learner, cma.Transition(obs, rng.normal(0, 1, (*shape, U)).astype(np.float32), *flat)
+    rollout = cma.Transition(
+        obs=rng.normal(0, 1, (3, 30, 1, 2)).astype(np.float32),
+        action=rng.normal(0, 1, (*shape, U)).astype(np.float32),
+        reward=rng.normal(0, 1, shape).astype(np.float32),
+        terminated=mask,
+        done=mask,
+        mask=mask,
+        episodic_return=mask,
+        episodic_length=mask,
+        discounted_return=mask,
+    )
+    return args, network, learner, rollout
 
 
 def test_minibatches_hold_decisions_of_all_remembered_iterations(cma):
     args, network, learner, transition = bandit(cma, history_size=3)
-    update = jax.jit(lambda a, b: cma.update(a, b, network, args))
+    update = jax.jit(partial(cma.update, network=network, args=args))
     for i in range(4):
         obs = transition.obs.copy()
-        obs[:-1] = np.where(transition.mask > 0, i + 1, 0)[..., None, None]  # 0: must never be drawn
+        obs[:-1] = np.where(transition.mask > 0, i + 1, 0)[
+            ..., None, None
+        ]  # 0: must never be drawn
         learner, metrics = update(learner, transition._replace(obs=obs))
         assert all(np.isfinite(v) for k, v in metrics.items() if "charts" not in k)
     assert set(np.unique(learner.opt_state.history.obs[:, :40])) == {2.0, 3.0, 4.0}
     np.testing.assert_array_equal(learner.opt_state.counts, 40)
     last = learner._replace(iteration=learner.iteration - 1)  # as within the fourth update
-    assert len(cma.draw(jax.random.PRNGKey(0), last, 3, replace(args, batch_size=3000)).time) == 60  # at most
+    assert (
+        len(cma.draw(jax.random.PRNGKey(0), last, 3, replace(args, batch_size=3000)).time) == 60
+    )  # at most
     wide = replace(args, batch_size=3000, num_steps=100)
     scale = learner.obs_stats.scale
     drawn = np.asarray(cma.draw(jax.random.PRNGKey(0), last, 3, wide).obs / scale)[:, 0].round(3)
@@ -207,36 +272,77 @@ def test_minibatches_hold_decisions_of_all_remembered_iterations(cma):
 
 
 def test_update_is_a_plain_loop(cma):
-    """One update's networks against Python loops over the same minibatches, with Adam by hand; std before mean."""
+    """One update against Python loops over the same minibatches, with Adam by hand."""
     args, network, learner, transition = bandit(cma)
-    new, _ = jax.jit(lambda a, b: cma.update(a, b, network, args))(learner, transition)
+    new, _ = jax.jit(partial(cma.update, network=network, args=args))(learner, transition)
     keys = jax.random.split(jax.random.fold_in(learner.key, 2 * learner.iteration + 1), 4)
     # as of the update: its history, statistics and critic, but the policy of before
-    params = dict(learner.params["params"]) | {"critic": new.params["params"]["critic"], "warm": jnp.float32(1)}
+    params = dict(learner.params["params"]) | {
+        "critic": new.params["params"]["critic"],
+        "warm": jnp.float32(1),
+    }
     start = new._replace(params={"params": params}, iteration=learner.iteration)
-    for key, part, loss, slots in ((keys[2], "std", cma.cma_std_loss, 9), (keys[3], "mean", cma.cma_mean_loss, 1)):
-        own, m, v = params[part], *[jax.tree.map(jnp.zeros_like, params[part])] * 2
+    for key, part, loss, slots in (
+        (keys[2], "std", cma.cma_std_loss, 9),
+        (keys[3], "mean", cma.cma_mean_loss, 1),
+    ):
+        own = params[part]
+        first = second = jax.tree.map(jnp.zeros_like, own)
         for i, step_key in enumerate(jax.random.split(key, args.num_updates), start=1):
             batch = cma.draw(step_key, start, slots, args)
-            grads = jax.grad(lambda p: loss({"params": params | {part: p}}, batch, network, args))(own)  # noqa: B023
-            m = jax.tree.map(lambda g, m: 0.9 * m + 0.1 * g, grads, m)
-            v = jax.tree.map(lambda g, v: 0.999 * v + 0.001 * g**2, grads, v)
-            change = jax.tree.map(lambda m, v: (m / (1 - 0.9**i)) / (jnp.sqrt(v / (1 - 0.999**i)) + 1e-8), m, v)  # noqa: B023
-            own = jax.tree.map(lambda p, d: p - args.learning_rate * d, own, change)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), own, new.params["params"][part]
-        )
+
+            def loss_of_part(own, params=params, part=part, loss=loss, batch=batch):
+                whole = {"params": params | {part: own}}
+                return loss(whole, batch, start.schedule, network, args)
+
+            grads = jax.grad(loss_of_part)(own)
+            first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, first, grads)
+            second = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g**2, second, grads)
+
+            def adam(p, m, v, i=i):
+                root = jnp.sqrt(v / (1 - 0.999**i)) + 1e-8
+                return p - args.learning_rate * (m / (1 - 0.9**i)) / root
+
+            own = jax.tree.map(adam, own, first, second)
+        close = partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-6)
+        jax.tree.map(close, own, new.params["params"][part])
         params = params | {part: own}
 
 
+def test_advantages_are_scaled_not_centred(cma):
+    rng = np.random.default_rng(0)
+    x, mask = rng.normal(1, 2, (6, 4)), (rng.random((6, 4)) < 0.7).astype(float)
+    with jax.enable_x64(True):
+        for algorithm, kept in (("ppo-cma-m", x), ("ppo-cma", np.maximum(x, 0))):
+            scaled = kept / kept[mask > 0].std()
+            args = cma.Args(algorithm=algorithm)
+            np.testing.assert_allclose(cma.scale_advantages(x, mask, args), scaled, rtol=1e-8)
+            args = cma.Args(algorithm=algorithm, clip_advantage=0.5)
+            clipped = np.clip(scaled, -0.5, 0.5)
+            np.testing.assert_allclose(cma.scale_advantages(x, mask, args), clipped, rtol=1e-8)
+
+
+@pytest.mark.parametrize("device", ["cuda", "tpu"])
+def test_update_lowers_for_accelerators(cma, device):
+    """No host callback and no float64 stands in what a GPU or TPU would run."""
+    args, network, learner, transition = bandit(cma)
+    update = jax.jit(partial(cma.update, network=network, args=args))
+    text = jax.export.export(update, platforms=[device])(learner, transition).mlir_module()
+    for word in ("callback", "f64", "infeed", "outfeed", "send", "recv"):
+        assert not re.search(rf"\b{word}\b", text), word
+
+
 def test_first_policy_and_first_weights(cma):
-    """Weights of norm 1, and a network that regression has brought to the Gaussian that acts first."""
+    """Weights of norm 1, and a network that regression has brought to the first Gaussian."""
     args = cma.Args(init_mean=-0.5, init_std=0.125, hidden_sizes=(32, 32))
     network = cma.ActorCritic(Box(-2, 2, (U,), np.float32), args)
-    learner = jax.jit(lambda s: cma.init_learner(s, np.zeros(4, np.float32), network, args))(np.uint32(1))
+    init = partial(cma.init_learner, obs=np.zeros(4, np.float32), network=network, args=args)
+    learner = jax.jit(init)(np.uint32(1))
     kernel = learner.params["params"]["critic"]["Dense_0"]["kernel"]
     np.testing.assert_allclose(np.linalg.norm(kernel, axis=0), 1, rtol=1e-5)
-    assert learner.params["params"]["critic"]["Dense_1"]["kernel"].shape[0] == 5 + 32  # dense skips: input and layer
+    assert (
+        learner.params["params"]["critic"]["Dense_1"]["kernel"].shape[0] == 5 + 32
+    )  # dense skips: input and layer
     states = np.random.default_rng(0).normal(0, 1, (50, 4)).astype(np.float32)
     for warm in (0.0, 1.0):
         params = {"params": learner.params["params"] | {"warm": warm}}
@@ -246,7 +352,7 @@ def test_first_policy_and_first_weights(cma):
 
 
 def test_std_grows_far_from_the_optimum_and_shrinks_around_it():
-    """The paper's point: PPO-CMA-m's variance grows in the direction of progress; PPO's only shrinks."""
+    """The paper's point: PPO-CMA-m's variance grows while there is progress, PPO's only shrinks."""
     from cma_didactic import optimize, quadratic
 
     def stds(algorithm):  # but of the first actions, which are not yet the network's
@@ -265,19 +371,28 @@ def test_full_covariance_follows_a_rotated_valley():
     small = {"hidden_sizes": (32, 32), "init_updates": 1000}
     full = optimize(valley, "ppo-cma-m", 25, covariance="full", **small)
     diagonal = optimize(valley, "ppo-cma-m", 25, **small)
-    cost = {name: -valley(run["action"][-1]).mean() for name, run in (("full", full), ("diagonal", diagonal))}
+    cost = {
+        name: -valley(run["action"][-1]).mean()
+        for name, run in (("full", full), ("diagonal", diagonal))
+    }
     assert cost["full"] < 0.2 * cost["diagonal"]
     correlation = full["covariance"][8, 0, 1] / np.sqrt(np.prod(np.diagonal(full["covariance"][8])))
     assert correlation > 0.7
 
 
 def test_agent_of_the_readme():
-    """The README's loop as it stands there, but shorter; what it memorized is what the agent learns from."""
-    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    """The README's loop, but shorter; what it memorized is what the agent learns from."""
+    blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
+    code = next(x.split("```")[0] for x in blocks if "ppo_cma.Agent(" in x)
     short = code.replace("range(20)", "range(2)").replace("range(500)", "range(150)")
     assert short.count("range(2)") == short.count("range(150)") == 1
     names = {}
-    exec(short.replace("batch_size=512", "batch_size=64, num_updates=5, init_updates=20, capacity=1300"), names)
+    exec(
+        short.replace(
+            "batch_size=512", "batch_size=64, num_updates=5, init_updates=20, capacity=1300"
+        ),
+        names,
+    )
     agent = names["agent"]
     assert agent.learner.iteration == 2 and agent.memory == []
     np.testing.assert_array_equal(agent.learner.opt_state.counts[:3], [150, 150, 0])

@@ -1,11 +1,14 @@
-"""Every formula of ppo_continuous.py against tests/reference.py, and the mutants that these checks must kill."""
+"""Every formula of ppo_continuous.py against tests/reference.py, and mutants to be killed."""
 
 import re
+from functools import partial
 
 import jax
+import jax.export
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import CHECKS, small_args, start
+from checks import CHECKS, small_args, start, to_single
 from conftest import ROOT, load
 
 
@@ -18,7 +21,7 @@ def test_formula(ppo, check):
 MUTANTS = [
     ("gae", "next_value * (1 - terminated)", "next_value * (1 - done)"),
     ("gae", "next_value * (1 - terminated)", "next_value"),
-    ("gae", "gae_lambda * (1 - done)", "gae_lambda * (1 - terminated)"),
+    ("gae", "gae_lambda * (1 - done) * next", "gae_lambda * (1 - terminated) * next"),
     ("gae_by_hand", "gae_lambda * (1 - done) * next", "gae_lambda * next"),
     ("gae_by_hand", "reverse=True, ", ""),
     ("gae", "advantage, advantage + value[:-1]", "advantage, advantage + value[1:]"),
@@ -26,30 +29,61 @@ MUTANTS = [
     ("loss", "value_loss = jnp.maximum(value_loss,", "value_loss = jnp.minimum(value_loss,"),
     ("loss", "1 - clip_coef, 1 + clip_coef", "1 - clip_coef, 1 - clip_coef"),
     ("loss", "jnp.mean(x * batch.mask)", "jnp.mean(x)"),
-    ("loss", "- schedule.ent_coef * mean", "+ schedule.ent_coef * mean"),
-    ("loss", "kl(batch.policy, policy)", "kl(policy, batch.policy)"),
+    ("loss", "loss -= schedule.ent_coef", "loss += schedule.ent_coef"),
+    ("loss", "schedule.vf_coef * mean", "mean"),
+    (
+        "loss",
+        "kl_divergence = kl(batch.policy, policy)",
+        "kl_divergence = kl(policy, batch.policy)",
+    ),
+    ("loss", "policy_loss += kl_coef * kl_divergence", "policy_loss -= kl_coef * kl_divergence"),
+    ("kl_barrier", "stop_gradient(2 * args.kl_barrier", "stop_gradient(args.kl_barrier"),
+    ("kl_barrier", "- 2 * args.desired_kl", "- args.desired_kl"),
+    ("l2", "if x.ndim > 1", "if x.ndim > 2"),
     ("stats", "jnp.sum(x * weight", "jnp.sum(x"),
-    ("stats", "jnp.square(shift) * stats.count * count / total", "jnp.square(shift) * count / total"),
+    (
+        "stats",
+        "jnp.square(shift) * stats.count * count / total",
+        "jnp.square(shift) * count / total",
+    ),
     ("distribution", "jnp.exp(policy.log_std) * noise", "jnp.exp(policy.log_std)"),
     ("update", "scale_by_adam(eps=1e-5)", "scale_by_adam(eps=1e-3)"),
-    ("update", "centred = batch.advantage - jnp.mean(batch.advantage * batch.mask)", "centred = batch.advantage"),
-    ("update", "std = jnp.sqrt(jnp.mean(jnp.square(centred) * batch.mask))", "std = jnp.std(centred)"),
-    ("update", "jax.tree.map(lambda x: x[order], batch)", "jax.tree.map(lambda x: x[order[::-1]], batch)"),
+    ("update", "batch.advantage - jnp.mean(batch.advantage * batch.mask)", "batch.advantage"),
+    ("update", "jnp.sqrt(jnp.mean(jnp.square(centred) * batch.mask))", "jnp.std(centred)"),
+    (
+        "update",
+        "jax.tree.map(lambda x: x[order], batch)",
+        "jax.tree.map(lambda x: x[order[::-1]], batch)",
+    ),
     ("update", "2 * learner.iteration + 1)", "2 * learner.iteration)"),
-    ("update", "(learner._replace(schedule=schedule)", "(learner"),
-    ("update", "s, transition.mask), transition.obs", "s, 0 * transition.mask), transition.obs"),
-    ("update", "update_stats(x[:-1, :, 0]", "update_stats(x[1:, :, 0]"),
+    ("update", "learner._replace(schedule=anneal(learner, args))", "learner"),
+    (
+        "update",
+        "partial(update_stats, mask=rollout.mask)",
+        "partial(update_stats, mask=0 * rollout.mask)",
+    ),
+    ("update", "lambda x: x[:-1, :, 0], rollout.obs)", "lambda x: x[1:, :, 0], rollout.obs)"),
     ("update", "mean=jnp.zeros_like(return_stats.mean)", "mean=return_stats.mean"),
     (
         "update",
-        "batch = batch._replace(advantage=advantage, target=target)",
-        "batch = batch._replace(target=target)",
+        "batch._replace(advantage=advantage, target=target)",
+        "batch._replace(target=target)",
     ),
-    ("env_step", "mask = 1 - (last.terminated", "mask = 1 - (new.terminated"),
-    ("env_step", "mask = 1 - (last.terminated | last.truncated)", "mask = 1 - (last.terminated)"),
-    ("env_step", "(args.gamma * discounted + reward) * mask", "(args.gamma * discounted + reward)"),
-    ("env_step", "(total + reward) * mask", "total + reward"),
-    ("env_step", "jnp.concatenate([x, last[None]])", "jnp.concatenate([last[None], x])"),
+    ("update", "ent_coef=left(schedule.ent_coef)", "ent_coef=schedule.ent_coef"),
+    ("update", "obs=obs, reward=reward)", "reward=reward)"),
+    ("last_100", "size - learner.episodes", "size"),
+    ("last_100", "[-size:]", "[:size]"),
+    ("env_step", "1 - (last.terminated | last.truncated)", "1 - (new.terminated | new.truncated)"),
+    ("env_step", "1 - (last.terminated | last.truncated)", "1 - last.terminated"),
+    (
+        "env_step",
+        "runner.episode.discounted + new.reward) * mask",
+        "runner.episode.discounted + new.reward)",
+    ),
+    ("env_step", "(runner.episode.total + new.reward) * mask", "runner.episode.total + new.reward"),
+    ("env_step", "jnp.concatenate([x, y[None]])", "jnp.concatenate([y[None], x])"),
+    ("env_action", "np.where(low > -1e30, low, -np.inf)", "low"),
+    ("env_action", "np.rint(np.float64(action))", "np.trunc(np.float64(action))"),
 ]
 
 
@@ -64,7 +98,7 @@ def test_mutant_is_killed(name, text, slip):
 
 
 def test_early_stop_freezes_the_learner(ppo):
-    """An unreachable target changes nothing; a tiny one stops after the first epoch, which is the one-epoch update."""
+    """An unreachable target changes nothing; a tiny one stops after the first epoch."""
     runs = {}
     for name, changes in {
         "off": {},
@@ -76,8 +110,7 @@ def test_early_stop_freezes_the_learner(ppo):
         network, learner, transition, _ = start(ppo, args)
         with jax.enable_x64(True):
             runs[name] = ppo.update(learner, transition, network, args)
-    same = lambda a, b: jax.tree.map(np.testing.assert_array_equal, runs[a][0].params, runs[b][0].params)  # noqa: E731
-    same("off", "far")
+    jax.tree.map(np.testing.assert_array_equal, runs["off"][0].params, runs["far"][0].params)
     assert runs["near"][1]["policy/epochs"] == 1
     assert runs["far"][1]["policy/epochs"] == 2
     first = jax.tree.leaves(runs["near"][0].params)[0]
@@ -95,12 +128,17 @@ def test_kl_coefficient_rule(ppo, rule):
 
 
 def test_adaptive_learning_rate(ppo):
-    for desired, factor in ((1e-9, 1.5**-2), (1e9, 1)):  # two epochs; 1e-2 is the upper bound already
+    for desired, factor in (
+        (1e-9, 1.5**-2),
+        (1e9, 1),
+    ):  # two epochs; 1e-2 is the upper bound already
         args = small_args(ppo, adaptive_lr=True, anneal_lr=False, desired_kl=desired)
         network, learner, transition, _ = start(ppo, args)
         with jax.enable_x64(True):
             new, _ = ppo.update(learner, transition, network, args)
-        np.testing.assert_allclose(new.schedule.learning_rate, learner.schedule.learning_rate * factor, rtol=1e-6)
+        np.testing.assert_allclose(
+            new.schedule.learning_rate, learner.schedule.learning_rate * factor, rtol=1e-6
+        )
 
 
 def test_copies_share_advantage_and_have_their_own_value(ppo):
@@ -111,35 +149,73 @@ def test_copies_share_advantage_and_have_their_own_value(ppo):
         one, _ = ppo.update(learner, transition, network, args)
         double = transition._replace(obs=np.repeat(transition.obs, 2, axis=2))
         two, _ = ppo.update(learner, double, network, args)
-        other = transition._replace(obs=np.concatenate([transition.obs, transition.obs + 1], axis=2))
+        other = transition._replace(
+            obs=np.concatenate([transition.obs, transition.obs + 1], axis=2)
+        )
         three, metrics = ppo.update(learner, other, network, args)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), one, two)
     assert np.isfinite(metrics["losses/policy_loss"])
     assert not np.allclose(jax.tree.leaves(one.params)[0], jax.tree.leaves(three.params)[0])
-    jax.tree.map(np.testing.assert_array_equal, one.obs_stats, three.obs_stats)  # statistics are the original's
+    jax.tree.map(
+        np.testing.assert_array_equal, one.obs_stats, three.obs_stats
+    )  # statistics are the original's
 
 
 def test_seed_of_a_batch_is_the_lone_seed(ppo):
     args = small_args(ppo)
     network, learner, transition, _ = start(ppo, args)
-    single = lambda x: jax.tree.map(lambda y: np.asarray(y, np.float32) if y.dtype == np.float64 else np.asarray(y), x)  # noqa: E731
-    learner, transition = single(learner), single(transition)
+    learner, transition = jax.tree.map(to_single, (learner, transition))
     other = learner._replace(key=learner.key + 1)
-    batch = jax.tree.map(lambda a, b: np.stack([a, b]), (learner, transition), (other, transition))
-    together, _ = jax.jit(jax.vmap(lambda a, b: ppo.update(a, b, network, args)))(*batch)
-    for s, one in enumerate((learner, other)):
-        alone, _ = jax.jit(lambda a, b: ppo.update(a, b, network, args))(one, transition)
-        jax.tree.map(lambda a, b, s=s: np.testing.assert_allclose(a[s], b, rtol=2e-5, atol=1e-6), together, alone)
+    learners = jax.tree.map(lambda a, b: np.stack([a, b]), learner, other)
+    rollouts = jax.tree.map(lambda a: np.stack([a, a]), transition)
+    update = partial(ppo.update, network=network, args=args)
+    together, _ = jax.jit(jax.vmap(update))(learners, rollouts)
+    for seed, one in enumerate((learner, other)):
+        alone, _ = jax.jit(update)(one, transition)
+        mine = jax.tree.map(lambda x, seed=seed: x[seed], together)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6), mine, alone)
 
 
 def test_update_has_no_float64_even_where_rollouts_have(ppo):
-    """Under x64, too, where rollouts are compiled: float32 goes in, no array of float64 is computed or comes out."""
+    """Under x64, too: float32 goes in, no array of float64 is computed or comes out."""
     args = small_args(ppo)
     network, learner, transition, _ = start(ppo, args)
-    single = lambda x: jax.ShapeDtypeStruct(x.shape, np.float32 if x.dtype == np.float64 else x.dtype)  # noqa: E731
+
+    def shape(x):
+        return jax.ShapeDtypeStruct(x.shape, np.float32 if x.dtype == np.float64 else x.dtype)
+
     with jax.enable_x64(True):
-        inputs = jax.tree.map(single, (learner, transition))
-        jaxpr, out = jax.make_jaxpr(lambda a, b: ppo.update(a, b, network, args), return_shape=True)(*inputs)
+        inputs = jax.tree.map(shape, (learner, transition))
+        trace = jax.make_jaxpr(partial(ppo.update, network=network, args=args), return_shape=True)
+        jaxpr, out = trace(*inputs)
     assert "f32[" in str(jaxpr)
-    assert not re.search(r"f64\[\d", str(jaxpr))  # Python's constants and optax's bias correction are weak scalars
+    # Python's constants and optax's bias correction are weak scalars
+    assert not re.search(r"f64\[\d", str(jaxpr))
     assert not [x for x in jax.tree.leaves(out) if x.dtype == np.float64]
+
+
+@pytest.mark.parametrize("device", ["cuda", "tpu"])
+def test_update_lowers_for_accelerators(ppo, device):
+    """No host callback, no float64, no transfer stands in what a GPU or TPU would run."""
+    args = small_args(ppo)
+    network, learner, transition, _ = start(ppo, args)
+    inputs = jax.tree.map(to_single, (learner, transition))
+    update = jax.jit(partial(ppo.update, network=network, args=args))
+    text = jax.export.export(update, platforms=[device])(*inputs).mlir_module()
+    for word in ("callback", "f64", "infeed", "outfeed", "send", "recv"):
+        assert not re.search(rf"\b{word}\b", text), word
+
+
+def test_update_compiles_once(ppo):
+    """Three iterations with annealing and other coefficients: one compilation."""
+    args = small_args(ppo, anneal_clip=True)
+    network, learner, transition, _ = start(ppo, args)
+    learner, transition = jax.device_put(jax.tree.map(to_single, (learner, transition)))
+    update = jax.jit(partial(ppo.update, network=network, args=args))
+    seen = []
+    for gamma in (0.9, 0.99, 0.999):
+        schedule = learner.schedule._replace(gamma=jnp.float32(gamma))
+        learner, metrics = update(learner._replace(schedule=schedule), transition)
+        seen.append(float(metrics["charts/learning_rate"]))
+    assert update._cache_size() == 1
+    assert seen[0] > seen[1] > seen[2]

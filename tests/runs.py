@@ -1,0 +1,49 @@
+"""Reading run folders, and processes that run for long."""
+
+import json
+import subprocess
+import time
+
+from conftest import SMALL, command, environment
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def events_of(folder):
+    """Returns the event files of a run folder."""
+    return sorted(folder.glob("events.out.tfevents.*"))
+
+
+def scalars(folder):
+    """Returns {name: [(step, value), ...]} of a folder's event files, but for measured speeds."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    names = [name for name in events.Tags()["scalars"] if name != "charts/SPS"]
+    return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in names}
+
+
+def steps_saved(folder):
+    """Returns the iterations of which a run folder has checkpoints."""
+    return sorted(int(path.stem) for path in (folder / "checkpoints").glob("*.msgpack"))
+
+
+def wait_for(path, process):
+    """Returns when a file exists that a process is to write."""
+    deadline = time.time() + 120
+    while not path.exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.time() < deadline
+        time.sleep(0.1)
+
+
+def start_long(tmp_path, script, *flags):
+    """Returns a process that has trained for a while and would go on."""
+    long = ["--total-timesteps", 10**8, "--checkpoint-interval", 5, "--run-dir", "long"]
+    line = command(script, *SMALL[script], *long, *flags)
+    process = subprocess.Popen(
+        line, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    wait_for(tmp_path / "long/result.json", process)
+    return process
