@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX starts
-# In this process, not in runs: half of the time goes into compilation
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # half of the time goes into compilation
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(ROOT.glob("ppo_*.py"))
@@ -53,8 +52,7 @@ def command(script, *args):
 
 
 def environment(**more):
-    own = {"PYTHONPATH": TESTS, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
-    return os.environ | own | more
+    return os.environ | {"PYTHONPATH": TESTS, "JAX_PLATFORMS": "cpu"} | more
 
 
 @pytest.fixture(scope="session")
@@ -91,12 +89,16 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def run(tmp_path):
-    """Runs a script in an empty folder, with its small settings; returns the finished process."""
+    """Runs a script in an empty folder; returns the finished process.
+
+    small: with settings that take no time; otherwise as users run it, with its own and optimised.
+    """
 
     def run(script, *args, check=True, small=True):
         line = command(script, *(SMALL[script] if small else []), *args)
+        env = environment() if small else environment(JAX_DISABLE_MOST_OPTIMIZATIONS="0")
         done = subprocess.run(
-            line, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300
+            line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
         )
         assert not check or done.returncode == 0, done.stderr
         return done

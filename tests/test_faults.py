@@ -66,6 +66,7 @@ def test_clobber_deletes_nothing_but_runs(run, trained, tmp_path, script):
     assert result(tmp_path / "a")["seeds"] == [5]
 
 
+@pytest.mark.costly
 def test_a_folder_of_another_script_is_left_alone(run, trained, tmp_path, script):
     other = "ppo_cma" if script == "ppo_continuous" else "ppo_continuous"
     trained(other)
@@ -146,6 +147,7 @@ def test_full_disk_keeps_the_last_good_checkpoint(run, trained, tmp_path, script
     assert result(tmp_path / "a")["timesteps"] == 640
 
 
+@pytest.mark.costly
 def test_a_folder_that_cannot_be_made(run, tmp_path, script):
     (tmp_path / "a_file").write_text("")
     one_line(run(script, *COUNTER, "--run-dir", "a_file/b", check=False), 2, "--run-dir")
@@ -374,6 +376,7 @@ def test_what_cannot_be_made_is_said(ppo, tmp_path, monkeypatch, env_id, said):
     assert "--env-id" in str(failure.value) and said in " ".join(str(failure.value).split())
 
 
+@pytest.mark.costly
 def test_what_cannot_be_made_is_one_line(run, tmp_path, script):
     bad = run(script, "--env-id", "scripted:Failing-v0", check=False)
     one_line(bad, 2, "--env-id", "OSError: no licence found (scripted.py, line")
@@ -463,6 +466,7 @@ def test_a_bad_flag_is_named(script):
         assert flags.split()[0] in str(failure.value), flags
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("flags", ["--gamma 2", "--distributed", "--platform tpu", "--mode eval"])
 def test_a_bad_flag_is_one_line(run, tmp_path, script, flags):
     """And nothing is written."""
@@ -477,6 +481,7 @@ def test_an_unknown_flag(run, tmp_path, script):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.costly
 def test_help_and_its_head(script):
     shown = subprocess.run(
         command(script, "--help"), capture_output=True, text=True, env=environment(), check=True
@@ -511,6 +516,7 @@ def test_an_edited_script_is_another_run(tmp_path, script):
     assert (tmp_path / "a/mine.py").read_text() == source
 
 
+@pytest.mark.costly
 def test_other_settings_and_other_lengths(run, trained, tmp_path, script):
     go = [*COUNTER, "--run-dir", "a"]
     trained(script)
@@ -529,6 +535,7 @@ def test_other_settings_and_other_lengths(run, trained, tmp_path, script):
     assert result(tmp_path / "a")["timesteps"] == 256
 
 
+@pytest.mark.costly
 def test_evaluation_says_what_contradicts_the_run(run, trained, script):
     trained(script)
     for flags in (["--env-id", "Pendulum-v1"], ["--seed", "77"], ["--gamma", "0.5"]):
