@@ -1702,12 +1702,27 @@ def write_checkpoint(folder: Path, learner: LearnerState, seconds: Seconds) -> N
 
 def read_checkpoint(path: Path, like: LearnerState) -> tuple[LearnerState, Seconds]:
     """Returns what a checkpoint holds; `like` has its structure. Raises: ValueError, OSError."""
+    content = checked_content(path)
+    found = flax.serialization.from_bytes({"learner": like, "seconds": Seconds()}, content)
+    return found["learner"], found["seconds"]
+
+
+def checked_content(path: Path) -> bytes:
+    """Returns a checkpoint's bytes behind its digest. Raises: ValueError if any has changed."""
     data = path.read_bytes()
     digest, content = data[:32], data[32:]
     if hashlib.sha256(content).digest() != digest:
         raise ValueError("its bytes have changed")
-    found = flax.serialization.from_bytes({"learner": like, "seconds": Seconds()}, content)
-    return found["learner"], found["seconds"]
+    return content
+
+
+def last_iteration(folder: Path) -> int:
+    """Returns the iteration of the newest whole checkpoint of a run folder, 0 if there is none."""
+    for path in checkpoint_paths(folder):
+        with suppress(ValueError, OSError):
+            checked_content(path)
+            return int(path.stem)
+    return 0
 
 
 def newest_checkpoint(folder: Path, like: LearnerState) -> tuple[LearnerState, Seconds] | None:
@@ -1968,15 +1983,20 @@ def train(args: Args, mesh: Mesh) -> None:
             stopping = agree_on_signal(signals, args)
             due = iteration % args.checkpoint_interval == 0 or iteration == args.num_iterations
             if chief and (due or stopping):
-                save(args, learner, Seconds(**seconds))
+                with timed(seconds, "wall"):
+                    save(args, learner, Seconds(**seconds))
             if stopping:
                 sys.exit(128 + stopping)
 
 
 def save_and_leave(args: Args, learner: LearnerState, seconds: dict, number: int) -> NoReturn:
     """Ends the process at a signal while an iteration goes on, as the last one left the learner."""
-    if jax.process_index() == 0:
-        save(args, learner, Seconds(**seconds))
+    try:
+        if jax.process_index() == 0:
+            save(args, learner, Seconds(**seconds))
+    except Failure as failure:
+        note(str(failure))
+        leave(failure.code)
     leave(128 + number)
 
 
@@ -1990,12 +2010,12 @@ def agree_on_signal(signals: Signals, args: Args) -> int:
 
 def report_finished(args: Args) -> bool:
     """Returns whether the run in the folder is finished, and says so; mends its result.json."""
-    paths = checkpoint_paths(args.folder)
-    if not paths or int(paths[0].stem) < args.num_iterations:
+    iteration = last_iteration(args.folder)
+    if iteration < args.num_iterations:
         return False
-    steps = int(paths[0].stem) * args.rollout_size
+    steps = iteration * args.rollout_size
     print(f"{args.folder} is finished, {steps} steps: raise --total-timesteps, or --clobber")
-    with suppress(OSError):
+    with suppress(OSError, ValueError):
         if read_result(args.folder) is None:
             saved = read_run(args.folder)
             result = make_result(saved.args, saved.learner, saved.seconds)
@@ -2037,15 +2057,14 @@ def say_what_changes(args: Args) -> None:
         note(
             f"ends after {steps} steps, {args.num_iterations} whole rollouts of {args.rollout_size}"
         )
-    paths = checkpoint_paths(args.folder)
-    if not paths:
+    iteration = last_iteration(args.folder)
+    if not iteration:
         return
     before = read_json(args.folder / "args.json")["total_timesteps"]
     annealed = [x for x in vars(args) if x.startswith("anneal_") and getattr(args, x)]
     if before != args.total_timesteps and annealed:
-        done = int(paths[0].stem)
-        was = 1 - min(done / max(before // args.rollout_size, 1), 1)
-        now = 1 - done / args.num_iterations
+        was = 1 - min(iteration / max(before // args.rollout_size, 1), 1)
+        now = 1 - iteration / args.num_iterations
         names = ", ".join(flag(x) for x in annealed)
         change = f"goes on from {now:.3f} of its first value; it had come down to {was:.3f}"
         note(f"--total-timesteps {args.total_timesteps} (before: {before}): {names} {change}")
@@ -2317,8 +2336,8 @@ def parse(command_line: list[str], default: Args) -> Args:
 
 def main() -> None:
     """Trains or evaluates, as the command line says."""
+    args = parse(sys.argv[1:], default=Args())
     try:
-        args = parse(sys.argv[1:], default=Args())
         validate(args)
         mesh = configure(args)
         if args.mode == "train":
@@ -2332,6 +2351,8 @@ def main() -> None:
             evaluate(args, saved)
     except Failure as failure:
         note(str(failure))
+        if args.distributed:
+            leave(failure.code)  # the others wait for this process; mpirun and srun end them
         raise
     except KeyboardInterrupt:
         note("SIGINT: nothing more is written")
