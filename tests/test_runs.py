@@ -51,9 +51,8 @@ def test_tensorboard_shows_settings_networks_and_histograms(run, tmp_path, scrip
     run(script, *COUNTER, "--total-timesteps", 640, "--run-dir", "a")
     events = EventAccumulator(str(tmp_path / "a"), size_guidance={"tensors": 0}).Reload()
     tags = set(events.Tags()["tensors"])
-    wanted = {"hyperparameters/text_summary", "networks/text_summary"}
-    wanted |= {f"rollout/{name}" for name in ("obs", "action", "reward")}
-    assert {tag for tag in wanted if tag.removesuffix("/text_summary") in tags | {tag}} == wanted
+    assert {"hyperparameters", "networks"} <= tags
+    assert {f"rollout/{name}" for name in ("obs", "action", "reward")} <= tags
     hparams = events.SummaryMetadata("_hparams_/session_start_info").plugin_data
     assert hparams.plugin_name == "hparams" and b"learning_rate" in hparams.content
     assert len(events_of(tmp_path / "a")) == 1
