@@ -2443,8 +2443,11 @@ def film(args: Args, saved: SavedRun) -> None:
         folder = args.folder if os.access(args.folder, os.W_OK) else Path.cwd()
         path = folder / "videos" / args.env_id.replace("/", "_").replace(":", "_")
         path.parent.mkdir(exist_ok=True)
-        imageio.v3.imwrite(f"{path}.mp4", np.stack(frames), fps=30)
-        imageio.v3.imwrite(f"{path}.gif", np.stack(frames)[:300:3, ::2, ::2], duration=100, loop=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # JAX's, of ffmpeg's process
+            imageio.v3.imwrite(f"{path}.mp4", np.stack(frames), fps=30)
+        small = np.stack(frames)[:300:3, ::2, ::2]
+        imageio.v3.imwrite(f"{path}.gif", small, duration=100, loop=0)
     except Failure as failure:
         note(f"--video: {failure}")
     except Exception as error:  # no OpenGL, no ffmpeg, no room: whatever keeps one from filming
@@ -2522,7 +2525,7 @@ class Agent:
         """Returns an action of the space for one observation."""
         shape = (1, math.prod(self.space.shape))
         noise = np.zeros(shape) if deterministic else self.random.standard_normal(shape)
-        obs = jax.tree.map(np.float32, obs)
+        obs = jax.tree.map(lambda like, x: np.float32(x), self.obs, obs)  # a list is an array
         action = self.policy(self.learner._replace(opt_state=None), obs, np.float32(noise))
         return np.asarray(env_action(action, self.space, self.args))
 

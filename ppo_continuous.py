@@ -2316,8 +2316,11 @@ def film(args: Args, saved: SavedRun) -> None:
         folder = args.folder if os.access(args.folder, os.W_OK) else Path.cwd()
         path = folder / "videos" / args.env_id.replace("/", "_").replace(":", "_")
         path.parent.mkdir(exist_ok=True)
-        imageio.v3.imwrite(f"{path}.mp4", np.stack(frames), fps=30)
-        imageio.v3.imwrite(f"{path}.gif", np.stack(frames)[:300:3, ::2, ::2], duration=100, loop=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # JAX's, of ffmpeg's process
+            imageio.v3.imwrite(f"{path}.mp4", np.stack(frames), fps=30)
+        small = np.stack(frames)[:300:3, ::2, ::2]
+        imageio.v3.imwrite(f"{path}.gif", small, duration=100, loop=0)
     except Failure as failure:
         note(f"--video: {failure}")
     except Exception as error:  # no OpenGL, no ffmpeg, no room: whatever keeps one from filming

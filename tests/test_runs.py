@@ -182,6 +182,9 @@ def test_an_agent_goes_on_from_a_run(trained, cma):
     policy = cma.load(folder)
     obs = np.array([0.5, 1.0], np.float32)
     np.testing.assert_allclose(agent.act(obs, deterministic=True), policy(obs), rtol=1e-6)
+    np.testing.assert_array_equal(
+        agent.act([0.5, 1.0], deterministic=True), agent.act(obs, deterministic=True)
+    )
     counts = np.asarray(agent.learner.opt_state.counts)
     assert agent.learner.iteration == 2 and (counts[:2] > 0).all() and not counts[2:].any()
     for step in range(20):
@@ -258,6 +261,7 @@ def test_copied_script_runs_alone(tmp_path, path):
         alone = [sys.executable, "-I", str(tmp_path / "mine.py"), *flags, *extra]
         done = subprocess.run(alone, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+        assert "RuntimeWarning" not in done.stderr
     films = sorted(film.name for film in (tmp_path / "a/videos").iterdir())
     assert films == ["MountainCarContinuous-v0.gif", "MountainCarContinuous-v0.mp4"]
     assert (tmp_path / "a/mine.py").read_text() == path.read_text()
