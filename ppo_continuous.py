@@ -1315,20 +1315,11 @@ def init_learner(seed: Array, obs: Any, network: nn.Module, args: Args) -> Learn
     )
 
 
-def make_learner(args: Args, observation_space: spaces.Space, network: nn.Module) -> Callable:
-    """Returns a function of no arguments that gives new learners, one per seed: [S, ...].
-
-    It can be evaluated for its shapes alone, with jax.eval_shape.
-    """
-    init = jax.jit(partial(init_learner, network=network, args=args))
-
-    def make() -> LearnerState:
-        obs = encode_obs(empty_obs(observation_space), observation_space)
-        seeds = range(args.seed, args.seed + args.num_seeds)
-        learners = [init(np.uint32(seed), obs) for seed in seeds]
-        return jax.tree.map(lambda *x: jnp.stack(x), *learners)
-
-    return make
+def init_learners(observation_space: spaces.Space, network: nn.Module, args: Args) -> LearnerState:
+    """Returns new learners, one per seed, each as a lone run's: [S, ...]."""
+    obs = encode_obs(empty_obs(observation_space), observation_space)
+    init = partial(init_learner, obs=obs, network=network, args=args)
+    return jax.lax.map(init, jnp.arange(args.num_seeds, dtype=jnp.uint32) + args.seed)
 
 
 def seeds_of_envs(args: Args, *more: int) -> list[int]:
@@ -1367,8 +1358,8 @@ def make_run(args: Args, env_seeds: list[int], new: bool = True, render: bool = 
         env_state, time_step = env.first
         runner = RunnerState(env_state, time_step, Episode(zeros, zeros, zeros))
         network = ActorCritic(env.action_space, args)
-        make = make_learner(args, env.observation_space, network)
-        learner = jax.device_get(make()) if new else jax.eval_shape(make)
+        init = jax.jit(partial(init_learners, env.observation_space, network, args))
+        learner = jax.device_get(init()) if new else jax.eval_shape(init)
         act = jax.jit(partial(rollout, env=env, network=network, args=args))
         # It holds a pointer, and so is of no use to other processes
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
@@ -2121,7 +2112,7 @@ def read_run(folder: Path) -> SavedRun:
         raise ValueError(f"{folder} is not readable ({error}): use its own {name}") from error
     args = replace(args, run_dir=str(folder))
     network = ActorCritic(action_space, args)
-    like = jax.eval_shape(make_learner(args, observation_space, network))
+    like = jax.eval_shape(partial(init_learners, observation_space, network, args))
     found = newest_checkpoint(folder, like)
     if found is None:
         raise ValueError(f"{folder} has no checkpoint yet: wait for the first, or train on")

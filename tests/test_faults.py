@@ -99,32 +99,67 @@ def open_folder():
     shutil.rmtree(folder)
 
 
-@pytest.mark.costly
-def test_a_readonly_run_is_evaluated(open_folder, script):
-    """A colleague's folder: nothing is written there, films go to the current directory."""
-    own = environment(
+def everybodys(folder):
+    """Returns the environment of a process that anybody may start in a folder."""
+    return environment(
         PYTHONPATH=str(ROOT),
-        HOME=str(open_folder),
+        HOME=str(folder),
         PYTHONDONTWRITEBYTECODE="1",
         MPLCONFIGDIR="/tmp",
     )
-    train = ["--env-id", "MountainCarContinuous-v0", "--run-dir", "a"]
-    subprocess.run(command(script, *SMALL[script], *train), cwd=open_folder, env=own, check=True)
+
+
+def train_in(folder, script):
+    """Trains a small run in folder/a."""
+    flags = ["--env-id", "MountainCarContinuous-v0", "--run-dir", "a"]
+    line = command(script, *SMALL[script], *flags)
+    subprocess.run(line, cwd=folder, env=everybodys(folder), check=True)
+
+
+def as_somebody_else(folder, script, flags):
+    """Returns a process of the script by another user than root, who may write anywhere."""
+    # Everything is imported before, as that user may not read it
+    code = f"import os, {script} as m; os.getuid() or os.setuid(65534); m.main()"
+    line = [sys.executable, "-c", code, *map(str, flags)]
+    own = everybodys(folder)
+    done = subprocess.run(line, cwd=folder, env=own, capture_output=True, text=True)
+    if "ModuleNotFoundError" in done.stderr or "PermissionError" in done.stderr:
+        pytest.skip("somebody else cannot read this Python")
+    return done
+
+
+@pytest.mark.costly
+def test_a_readonly_run_is_evaluated(open_folder, script):
+    """A colleague's folder: nothing is written there, films go to the current directory."""
+    train_in(open_folder, script)
     before = files(open_folder / "a")
     for path in [open_folder / "a", *(open_folder / "a").rglob("*")]:
         path.chmod(0o555 if path.is_dir() else 0o444)
-    # Root may write anywhere: as somebody else then, who has imported everything before
-    code = f"import os, {script} as m; os.getuid() or os.setuid(65534); m.main()"
     flags = ["--mode", "eval", "--run-dir", "a", "--eval-episodes", "1", "--video"]
-    line = [sys.executable, "-c", code, *flags]
-    done = subprocess.run(line, cwd=open_folder, env=own, capture_output=True, text=True)
-    if "ModuleNotFoundError" in done.stderr or "PermissionError" in done.stderr:
-        pytest.skip("somebody else cannot read this Python")
+    done = as_somebody_else(open_folder, script, flags)
     assert done.returncode == 0, done.stderr
     assert "over 1 episodes" in done.stdout
     assert "left as it was" in done.stderr
     assert files(open_folder / "a") == before
     assert len(list((open_folder / "videos").iterdir())) == 2, done.stderr
+
+
+@pytest.mark.costly
+def test_clobber_where_not_all_can_be_deleted(open_folder, script):
+    """What cannot be deleted lies whole beside the new run, and a line says where."""
+    train_in(open_folder, script)
+    old = files(open_folder / "a/checkpoints")
+    for path in [open_folder / "a", *(open_folder / "a").rglob("*")]:
+        path.chmod(0o777 if path.is_dir() else 0o666)
+    (open_folder / "a/checkpoints").chmod(0o555)
+    flags = ["--env-id", "MountainCarContinuous-v0", "--run-dir", "a", "--clobber", "--seed", 5]
+    done = as_somebody_else(open_folder, script, [*SMALL[script], *flags])
+    assert done.returncode == 0, done.stderr
+    assert result(open_folder / "a")["seeds"] == [5]
+    (left,) = open_folder.glob(".a.clobbered-*")
+    assert str(left) in done.stderr
+    kept = {path.name: content for path, content in files(left / "checkpoints").items()}
+    assert kept == {path.name: content for path, content in old.items()}
 
 
 # --- Disks ---
