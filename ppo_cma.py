@@ -852,8 +852,8 @@ def update(
     _, target, value = decision_advantages(learner, scaled, time, 1.0, network)
     obs = jax.tree.map(lambda x: flat(x[:-1]), scaled.obs)
     policy, _ = network.apply(learner.params, obs)
-    low, high = network.action_space.low.ravel(), network.action_space.high.ravel()
-    action = jnp.clip(flat(raw.action), low, high)
+    space = network.action_space
+    action = jnp.clip(flat(raw.action), space.low.ravel(), space.high.ravel())
     mask = flat(raw.mask)
     batch = Batch(
         obs=jax.tree.map(lambda x: flat(x[:-1]), raw.obs),
@@ -1614,8 +1614,8 @@ def space_to_dict(space: spaces.Space | dict, bounds: bool) -> dict:
     if isinstance(space, spaces.Discrete):
         return {"type": "Discrete", "n": int(space.n), "start": int(space.start)}
     if isinstance(space, spaces.MultiDiscrete):
-        nvec, start = space.nvec.tolist(), space.start.tolist()
-        return {"type": "MultiDiscrete", "nvec": nvec, "start": start}
+        choices = {"nvec": space.nvec.tolist(), "start": space.start.tolist()}
+        return {"type": "MultiDiscrete"} | choices
     if isinstance(space, spaces.MultiBinary):
         return {"type": "MultiBinary", "n": list(space.shape)}
     content = {"type": "Box", "shape": list(space.shape)}
@@ -1644,7 +1644,8 @@ def space_from_dict(content: dict) -> spaces.Space:
     if "low" not in content:
         return spaces.Box(-np.inf, np.inf, shape)
     dtype = np.dtype(content["dtype"])
-    low, high = np.array(content["low"], dtype), np.array(content["high"], dtype)
+    low = np.array(content["low"], dtype)
+    high = np.array(content["high"], dtype)
     return spaces.Box(low, high, shape, dtype)
 
 

@@ -1487,8 +1487,8 @@ def space_to_dict(space: spaces.Space | dict, bounds: bool) -> dict:
     if isinstance(space, spaces.Discrete):
         return {"type": "Discrete", "n": int(space.n), "start": int(space.start)}
     if isinstance(space, spaces.MultiDiscrete):
-        nvec, start = space.nvec.tolist(), space.start.tolist()
-        return {"type": "MultiDiscrete", "nvec": nvec, "start": start}
+        choices = {"nvec": space.nvec.tolist(), "start": space.start.tolist()}
+        return {"type": "MultiDiscrete"} | choices
     if isinstance(space, spaces.MultiBinary):
         return {"type": "MultiBinary", "n": list(space.shape)}
     content = {"type": "Box", "shape": list(space.shape)}
@@ -1517,7 +1517,8 @@ def space_from_dict(content: dict) -> spaces.Space:
     if "low" not in content:
         return spaces.Box(-np.inf, np.inf, shape)
     dtype = np.dtype(content["dtype"])
-    low, high = np.array(content["low"], dtype), np.array(content["high"], dtype)
+    low = np.array(content["low"], dtype)
+    high = np.array(content["high"], dtype)
     return spaces.Box(low, high, shape, dtype)
 
 

@@ -117,16 +117,23 @@ def train_in(folder, script):
 
 
 def as_somebody_else(folder, script, flags):
-    """Returns a process of the script by another user than root, who may write anywhere."""
-    # Everything is imported before, as that user may not read it
-    code = f"import os, {script} as m; os.getuid() or os.setuid(65534); m.main()"
-    line = [sys.executable, "-c", code, *map(str, flags)]
-    own = everybodys(folder)
-    done = subprocess.run(line, cwd=folder, env=own, capture_output=True, text=True)
-    unreadable = "ModuleNotFoundError" in done.stderr or "PermissionError" in done.stderr
-    if done.returncode and unreadable:
+    """Returns a finished process of the script by another user than root, who may write anywhere.
+
+    Everything is imported before, as that user may not read it; where not even that helps, skips.
+    """
+    become = "import os, jax; os.getuid() or os.setuid(65534)"
+    probe = [sys.executable, "-c", f"{become}; open(jax.__file__).close()"]
+    if subprocess.run(probe, capture_output=True).returncode:
         pytest.skip("somebody else cannot read this Python")
-    return done
+    line = [sys.executable, "-c", f"import {script} as m; {become}; m.main()", *map(str, flags)]
+    own = everybodys(folder)
+    return subprocess.run(line, cwd=folder, env=own, capture_output=True, text=True)
+
+
+def allow(folder, of_folders, of_files):
+    """Sets the permissions of a folder and of all that is in it."""
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(of_folders if path.is_dir() else of_files)
 
 
 @pytest.mark.costly
@@ -134,8 +141,7 @@ def test_a_readonly_run_is_evaluated(open_folder, script):
     """A colleague's folder: nothing is written there, films go to the current directory."""
     train_in(open_folder, script)
     before = files(open_folder / "a")
-    for path in [open_folder / "a", *(open_folder / "a").rglob("*")]:
-        path.chmod(0o555 if path.is_dir() else 0o444)
+    allow(open_folder / "a", 0o555, 0o444)
     flags = ["--mode", "eval", "--run-dir", "a", "--eval-episodes", "1", "--video"]
     done = as_somebody_else(open_folder, script, flags)
     assert done.returncode == 0, done.stderr
@@ -150,17 +156,16 @@ def test_clobber_where_not_all_can_be_deleted(open_folder, script):
     """What cannot be deleted lies whole beside the new run, and a line says where."""
     train_in(open_folder, script)
     old = files(open_folder / "a/checkpoints")
-    for path in [open_folder / "a", *(open_folder / "a").rglob("*")]:
-        path.chmod(0o777 if path.is_dir() else 0o666)
+    allow(open_folder / "a", 0o777, 0o666)
     (open_folder / "a/checkpoints").chmod(0o555)
     flags = ["--env-id", "MountainCarContinuous-v0", "--run-dir", "a", "--clobber", "--seed", 5]
     done = as_somebody_else(open_folder, script, [*SMALL[script], *flags])
     assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
     assert result(open_folder / "a")["seeds"] == [5]
     (left,) = open_folder.glob(".a.clobbered-*")
     assert str(left) in done.stderr
-    kept = {path.name: content for path, content in files(left / "checkpoints").items()}
-    assert kept == {path.name: content for path, content in old.items()}
+    assert sorted(files(left / "checkpoints").values()) == sorted(old.values())
 
 
 # --- Disks ---
