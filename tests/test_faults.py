@@ -90,6 +90,19 @@ def test_one_process_writes_a_folder(run, tmp_path, script):
     run(script, *COUNTER, "--run-dir", "long", "--clobber")  # the lock died with its owner
 
 
+@pytest.mark.costly
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="only Linux says where it runs")
+def test_no_process_pins_itself_to_a_core(tmp_path, script):
+    """With one environment, too, every thread may run wherever this process may."""
+    process = start_long(tmp_path, script, *COUNTER, "--num-envs", 1)
+    threads = [int(path.name) for path in Path(f"/proc/{process.pid}/task").iterdir()]
+    allowed = [os.sched_getaffinity(thread) for thread in threads]
+    process.kill()
+    process.wait()
+    assert len(allowed) > 1
+    assert all(cores == os.sched_getaffinity(0) for cores in allowed)
+
+
 @pytest.fixture
 def open_folder():
     """An empty folder that everybody may enter and write to."""
