@@ -134,7 +134,8 @@ def as_somebody_else(folder, script, flags):
 
     Everything is imported before, as that user may not read it; where not even that helps, skips.
     """
-    become = "import os, jax; os.getuid() or os.setuid(65534)"
+    imports = "import os, jax, scipy.linalg"  # JAX imports the latter when it first needs LAPACK
+    become = f"{imports}; os.getuid() or os.setuid(65534)"
     probe = [sys.executable, "-c", f"{become}; open(jax.__file__).close()"]
     if subprocess.run(probe, capture_output=True).returncode:
         pytest.skip("somebody else cannot read this Python")
