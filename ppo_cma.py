@@ -37,6 +37,7 @@ import ast
 import difflib
 import fcntl
 import hashlib
+import importlib
 import io
 import json
 import math
@@ -71,7 +72,7 @@ from gymnasium import spaces
 from jax import Array
 from jax.experimental import io_callback, multihost_utils
 from jax.flatten_util import ravel_pytree
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.histogram.summary_v2 import histogram_pb
@@ -256,6 +257,10 @@ def validate_run(args: Args) -> None:
     require_between(args, "gamma gae_lambda", 0, 1)
     if not args.exp_name or args.exp_name.startswith("/") or ".." in Path(args.exp_name).parts:
         fail(f"--exp-name {args.exp_name!r}: give a name without .. and without a leading slash")
+    try:
+        str(args.folder).encode()
+    except UnicodeEncodeError:
+        fail(f"--run-dir {str(args.folder)!a} is no UTF-8: give another, or set a UTF-8 locale")
     if not all(size >= 1 for size in args.hidden_sizes):
         fail(f"--hidden-sizes {args.hidden_sizes}: give widths of 1 or more")
     if args.num_iterations < 1:
@@ -897,13 +902,14 @@ class TimeStep(NamedTuple):  # what S*N environments return, leaves [S*N, ...]
 
 
 class Environment(NamedTuple):  # S*N environments behind one function
+    native: bool  # pure JAX: rollouts run where updates do
     first: tuple[Any, TimeStep]  # env_state, and what it shows after a reset
     step: Callable[[Any, Array], tuple[Any, TimeStep]]  # (env_state, action [S*N, *space.shape])
     observation_space: spaces.Space  # of one environment, as it gives observations
     action_space: spaces.Space
     threshold: float | None  # mean return from which the environment counts as solved
     failures: list[str]  # what went wrong on the host, first things first; its steps are void
-    render: Callable[[], np.ndarray] | None  # a frame [height, width, 3] of the first environment
+    render: Callable[[Any], np.ndarray]  # env_state to a frame [height, width, 3] of the first
 
 
 def make_env(args: Args, env_seeds: list[int], render: bool = False) -> Environment:
@@ -935,7 +941,11 @@ def hold_actions(env: Environment, repeat: int) -> Environment:
 
     held = jnp.zeros((envs, *env.action_space.shape), jnp.float32)
     count = jnp.zeros(envs, jnp.int32)
-    return env._replace(first=((env_state, held, count), time_step), step=step)
+    return env._replace(
+        first=((env_state, held, count), time_step),
+        step=step,
+        render=lambda env_state: env.render(env_state[0]),
+    )
 
 
 def open_env(args: Args, env_seeds: list[int], render: bool = False) -> Environment:
@@ -948,13 +958,15 @@ def open_env(args: Args, env_seeds: list[int], render: bool = False) -> Environm
     it has a space that networks cannot take.
     """
     env_id = args.env_id
-    known = [*envpool.list_all_envs(), *gymnasium.registry]
-    if env_id not in known and ":" not in env_id:
-        nearest = ", ".join(difflib.get_close_matches(env_id, known)) or "none"
-        fail(f"--env-id {env_id} is unknown; nearest: {nearest}")
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # where module:EnvId may be, wherever this script lies
-    make = make_envpool if env_id in envpool.list_all_envs() else make_gymnasium
+        sys.path.append(os.getcwd())  # where a user's module may be, wherever this script lies
+    make = make_gymnasium
+    if env_id in envpool.list_all_envs():
+        make = make_envpool
+    elif is_native(args):
+        make = make_native
+    elif ":" not in env_id:
+        require_known(env_id, [*envpool.list_all_envs(), *gymnasium.registry])
     try:
         env = make(args, env_seeds, render)
         encoded_size(env.observation_space)
@@ -963,6 +975,13 @@ def open_env(args: Args, env_seeds: list[int], render: bool = False) -> Environm
     if env.action_space.shape is not None and math.prod(env.action_space.shape) == 0:
         fail(f"--env-id {env_id} has an empty action space: {env.action_space}")
     return env
+
+
+def require_known(env_id: str, known: list[str]) -> None:
+    """Stops with exit code 2 at an id that is none of the known ones, naming the nearest."""
+    if env_id not in known:
+        nearest = ", ".join(difflib.get_close_matches(env_id, known)) or "none"
+        fail(f"--env-id {env_id} is unknown; nearest: {nearest}")
 
 
 def describe(error: BaseException) -> str:
@@ -1009,13 +1028,14 @@ def make_envpool(args: Args, env_seeds: list[int], render: bool) -> Environment:
     pool.async_reset()
     first = jax.block_until_ready(jax.jit(receive)(jnp.asarray(handle)))
     return Environment(
+        native=False,
         first=first,
         step=step,
         observation_space=pool.observation_space,
         action_space=pool.action_space,
         threshold=getattr(pool.spec.config, "reward_threshold", None),
         failures=[],
-        render=lambda: np.asarray(pool.render()[0]),
+        render=lambda _: np.asarray(pool.render()[0]),
     )
 
 
@@ -1125,14 +1145,252 @@ def make_gymnasium(args: Args, env_seeds: list[int], render: bool) -> Environmen
     void = jax.tree.map(np.zeros_like, raw)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), raw)
     return Environment(
+        native=False,
         first=((), jax.tree.map(jnp.asarray, encode(raw))),
         step=step,
         observation_space=single_space,
         action_space=space,
         threshold=vector.spec.reward_threshold,
         failures=failures,
-        render=lambda: np.asarray(vector.render()[0]),
+        render=lambda _: np.asarray(vector.render()[0]),
     )
+
+
+class Task(NamedTuple):  # one JAX-native environment, as pure functions
+    reset: Callable  # key to (obs, state)
+    step: Callable  # (key, state, action) to (obs, state, reward, terminated, truncated, info)
+    observation_space: spaces.Space
+    action_space: spaces.Space
+    threshold: float | None = None
+    render: Callable | None = None  # state to a frame [height, width, 3]
+
+
+def need(args: Args, module: str, package: str) -> Any:
+    """Returns an imported module. Stops with exit code 2 where its package is missing."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of other people's dependencies
+            return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0]:
+            raise
+        fail(f"--env-id {args.env_id} needs the package {package}: pip install {package}")
+
+
+def gymnax_task(env: Any, params: Any, settings: dict) -> Task:
+    """Returns an environment of gymnax 1.0 or later, whose parameters `settings` changes."""
+    params = params.replace(**settings)
+
+    def step(key: Array, state: Any, action: Array) -> tuple:
+        obs, state, reward, terminated, info = env.step_env(key, state, action, params)
+        return obs, state, reward, terminated, env.is_truncated(state, params), info
+
+    convert = importlib.import_module("gymnax.environments.spaces").gymnax_space_to_gym_space
+    return Task(
+        reset=lambda key: env.reset_env(key, params),
+        step=step,
+        observation_space=convert(env.observation_space(params)),
+        action_space=convert(env.action_space(params)),
+    )
+
+
+def brax_task(env: Any, episode_length: int, render: Callable) -> Task:
+    """Returns an environment with Brax's interface, truncated after episode_length steps.
+
+    Of several observations, as MuJoCo Playground has them, the policy's is "state".
+
+    Args:
+        render: the environment's state to a frame.
+    """
+
+    def policy_obs(state: Any) -> Array:
+        return state.obs["state"] if isinstance(state.obs, dict) else state.obs
+
+    def reset(key: Array) -> tuple:
+        state = env.reset(key)
+        return policy_obs(state), (state, jnp.int32(0))
+
+    def step(key: Array, state: tuple, action: Array) -> tuple:
+        inner, time = state
+        inner = env.step(inner, action)
+        time += 1
+        truncated = time >= episode_length
+        return policy_obs(inner), (inner, time), inner.reward, inner.done > 0, truncated, {}
+
+    obs, _ = jax.eval_shape(reset, jax.random.PRNGKey(0))
+    return Task(
+        reset=reset,
+        step=step,
+        observation_space=spaces.Box(-np.inf, np.inf, obs.shape),
+        action_space=spaces.Box(-1.0, 1.0, (env.action_size,)),
+        render=lambda state: render(state[0]),
+    )
+
+
+def open_gymnax(args: Args, name: str, settings: dict) -> Task:
+    """Returns gymnax's environment of that name."""
+    gymnax = need(args, "gymnax", "gymnax>=1.0")
+    require_known(args.env_id, [f"gymnax/{x}" for x in gymnax.registered_envs])
+    return gymnax_task(*gymnax.make(name), settings)
+
+
+def open_brax(args: Args, name: str, settings: dict) -> Task:
+    """Returns Brax's bare environment: its wrappers throw the true last observation away."""
+    envs = need(args, "brax.envs", "brax")
+    require_known(args.env_id, [f"brax/{x}" for x in envs._envs])
+    episode_length = settings.pop("episode_length", 1000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that Brax is no longer developed
+        env = envs.get_environment(name, **settings)
+    return brax_task(env, episode_length, lambda state: env.render([state.pipeline_state])[0])
+
+
+def open_playground(args: Args, name: str, settings: dict) -> Task:
+    """Returns MuJoCo Playground's environment; `settings` changes its configuration."""
+    registry = need(args, "mujoco_playground", "playground").registry
+    require_known(args.env_id, [f"playground/{x}" for x in registry.ALL_ENVS])
+    env = registry.load(name, config_overrides=settings)
+    episode_length = settings.get(
+        "episode_length", registry.get_default_config(name).episode_length
+    )
+    return brax_task(env, episode_length, lambda state: env.render([state])[0])
+
+
+def open_own(args: Args, name: str, settings: dict) -> Task:
+    """Returns what a user's factory, "module:function", makes: a Task's like, or gymnax's."""
+    module, _, function = name.partition(":")
+    env = getattr(importlib.import_module(module), function)(**settings)
+    if hasattr(env, "step_env"):
+        return gymnax_task(env, env.default_params, {})
+    return Task(
+        reset=env.reset,
+        step=env.step,
+        observation_space=env.observation_space,
+        action_space=env.action_space,
+        threshold=getattr(env, "threshold", None),
+        render=getattr(env, "render", None),
+    )
+
+
+NATIVE = {  # by the beginning of --env-id
+    "gymnax/": open_gymnax,
+    "brax/": open_brax,
+    "playground/": open_playground,
+    "jax:": open_own,
+}
+
+
+def is_native(args: Args) -> bool:
+    """Returns whether the environment is written in JAX."""
+    return args.env_id.startswith(tuple(NATIVE))
+
+
+class NativeState(NamedTuple):  # of JAX-native environments, leaves [S*N, ...]
+    key: Array
+    task: Any
+    over: Array  # bool, whether the episode has ended and the next step resets
+
+
+def open_task(args: Args) -> Task:
+    """Returns the JAX-native environment of --env-id. Raises: ValueError where it is not sound."""
+    prefix = next(x for x in NATIVE if args.env_id.startswith(x))
+    task = NATIVE[prefix](args, args.env_id.removeprefix(prefix), read_env_kwargs(args))
+    obs, state = jax.eval_shape(task.reset, jax.random.PRNGKey(0))
+    require_shapes(empty_obs(task.observation_space), obs, "reset's observation")
+    if any(jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in jax.tree.leaves(state)):
+        raise ValueError("its state has a typed key: keep jax.random.key_data of it")
+    action = jnp.zeros(task.action_space.shape, action_dtype(task))
+    stepped = jax.eval_shape(task.step, jax.random.PRNGKey(0), state, action)
+    require_shapes((obs, state, 0.0, True, True), stepped[:5], "what a step returns")
+    return task
+
+
+def action_dtype(task: Task) -> np.dtype:
+    """Returns the dtype of a JAX-native environment's actions, at most 32 bits wide."""
+    return jax.dtypes.canonicalize_dtype(task.action_space.dtype)
+
+
+def require_shapes(wanted: Any, found: Any, name: str) -> None:
+    """Raises: ValueError where a pytree has not the structure and the shapes that are wanted."""
+    wanted, found = (jax.tree.map(np.shape, x) for x in (wanted, found))
+    if wanted != found:
+        raise ValueError(f"{name} has shapes {found}, not {wanted}")
+
+
+def make_native(args: Args, env_seeds: list[int], render: bool) -> Environment:
+    """Returns JAX-native environments: pure functions, to be compiled into the training loop."""
+    task = open_task(args)
+    if render and task.render is None:
+        raise ValueError("it has no method render(state)")
+    begin = jax.jit(partial(begin_tasks, task=task))
+    return Environment(
+        native=True,
+        first=begin(np.array(env_seeds, np.uint32)),
+        step=partial(step_tasks, task=task),
+        observation_space=task.observation_space,
+        action_space=task.action_space,
+        threshold=task.threshold,
+        failures=[],
+        render=lambda env_state: np.asarray(task.render(task_state(env_state, 0))),
+    )
+
+
+def task_state(env_state: NativeState, index: int) -> Any:
+    """Returns one environment's own state."""
+    return jax.tree.map(lambda x: x[index], env_state.task)
+
+
+def begin_tasks(env_seeds: Array, task: Task) -> tuple[NativeState, TimeStep]:
+    """Returns JAX-native environments after their first reset."""
+    keys = jax.vmap(jax.random.PRNGKey)(env_seeds)
+    keys, reset_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+    obs, state = jax.vmap(task.reset)(reset_keys)
+    nothing = jnp.zeros(len(env_seeds), bool)
+    env_state = NativeState(key=keys, task=state, over=nothing)
+    return env_state, native_time_step(obs, nothing, nothing, nothing, task)
+
+
+def native_time_step(
+    obs: Any, reward: Array, terminated: Array, truncated: Array, task: Task
+) -> TimeStep:
+    """Returns what JAX-native environments show, observations as a single copy."""
+    return TimeStep(
+        obs=jax.tree.map(lambda x: x[:, None], encode_obs(obs, task.observation_space)),
+        reward=reward.astype(jnp.float32),
+        terminated=terminated,
+        truncated=truncated & ~terminated,
+    )
+
+
+def step_tasks(env_state: NativeState, action: Array, task: Task) -> tuple[NativeState, TimeStep]:
+    """Returns JAX-native environments after a step, which resets those whose episode is over.
+
+    As all others are; their libraries' own resets hide the true last observation.
+    """
+    over = env_state.over
+    keys, step_keys, reset_keys = jnp.moveaxis(
+        jax.vmap(partial(jax.random.split, num=3))(env_state.key), 1, 0
+    )
+    if np.issubdtype(task.action_space.dtype, np.integer):
+        action = jnp.rint(action)
+    action = action.astype(action_dtype(task))
+    stepping = jax.vmap(task.step)(step_keys, env_state.task, action)
+    obs, state, reward, terminated, truncated, _ = stepping
+
+    def choose(fresh: Array, old: Array) -> Array:
+        return jnp.where(over.reshape(-1, *(1,) * (old.ndim - 1)), fresh, old.astype(fresh.dtype))
+
+    def reset(old: tuple) -> tuple:
+        return jax.tree.map(choose, jax.vmap(task.reset)(reset_keys), old)
+
+    def keep(old: tuple) -> tuple:
+        return jax.tree.map(lambda x, y: x.astype(y.dtype), old, jax.eval_shape(reset, old))
+
+    obs, state = jax.lax.cond(jnp.any(over), reset, keep, (obs, state))
+    terminated = (terminated > 0) & ~over
+    truncated = (truncated > 0) & ~over
+    new = native_time_step(obs, jnp.where(over, 0, reward), terminated, truncated, task)
+    return NativeState(key=keys, task=state, over=terminated | truncated), new
 
 
 def encode_obs(obs: Any, space: spaces.Space | dict) -> Any:
@@ -1261,21 +1519,29 @@ def env_step(
 
 
 def rollout(
-    runner: RunnerState, learner: LearnerState, env: Environment, network: nn.Module, args: Args
+    runner: RunnerState,
+    learner: LearnerState,
+    first_env: Array | int,
+    env: Environment,
+    network: nn.Module,
+    args: Args,
 ) -> tuple[RunnerState, Transition]:
     """Returns the runner and the transitions [S, T, N, ...] of T steps of S*N environments.
 
     Observations are [S, T + 1, N, K, ...]: the last are those that the rollout ended on.
+
+    Args:
+        first_env: of a seed's num_envs environments, which one the runner's begin with.
     """
-    local = args.num_envs // jax.process_count()
-    mine = slice(jax.process_index() * local, (jax.process_index() + 1) * local)
+    envs = len(runner.time_step.reward) // len(learner.iteration)
     shape = (args.num_steps, args.num_envs, math.prod(env.action_space.shape))
 
-    def draw(key: Array) -> Array:  # the same for an environment, whatever the number of processes
-        return jax.random.normal(key, shape, jnp.float32)[:, mine]
+    def draw(key: Array) -> Array:  # the same for an environment, however many share them out
+        noise = jax.random.normal(key, shape, jnp.float32)
+        return jax.lax.dynamic_slice_in_dim(noise, first_env, envs, axis=1)
 
     def by_seed(x: Array) -> Array:  # [T, S*N, ...] to [S, T, N, ...]
-        x = x.reshape(len(x), -1, local, *x.shape[2:])
+        x = x.reshape(len(x), -1, envs, *x.shape[2:])
         return jnp.moveaxis(x, 1, 0)
 
     # Even numbers are folded in for rollouts, odd ones for updates
@@ -1323,9 +1589,16 @@ def configure(args: Args) -> Mesh:
     """
     cache = jax.config.jax_compilation_cache_dir or str(Path.home() / ".cache" / "ppo_jax")
     jax.config.update("jax_compilation_cache_dir", cache)
-    if args.platform != "auto":
-        names = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
-        jax.config.update("jax_platforms", names[args.platform])
+    for name in ("jax_disable_jit", "jax_debug_nans"):
+        if getattr(jax.config, name):
+            fail(
+                f"{name.upper()} is set: this script needs jit, and has NaN where no episode ended"
+            )
+    platforms = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}.get(args.platform)
+    platforms = platforms or jax.config.jax_platforms  # JAX_PLATFORMS
+    if platforms and "cpu" not in platforms:
+        platforms += ",cpu"  # where host-side environments are
+    jax.config.update("jax_platforms", platforms)
 
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     seeds = largest_divisor(args.num_seeds, cores)
@@ -1342,8 +1615,10 @@ def configure(args: Args) -> Mesh:
     try:
         devices = np.array(jax.devices(None if args.platform == "auto" else args.platform))
     except RuntimeError:
-        package = {"gpu": "jax[cuda13]", "tpu": "jax[tpu]"}.get(args.platform, "jax")
-        fail(f"--platform {args.platform} finds no device: it needs one, and {package}")
+        package = {"gpu": "jax[cuda13]", "tpu": "jax[tpu]"}.get(args.platform, "its plugin")
+        fail(
+            f"--platform {args.platform} ({platforms}) finds no device: it needs one, and {package}"
+        )
 
     if args.distributed:
         by_process = devices.reshape(jax.process_count(), -1)
@@ -1450,15 +1725,25 @@ def init_learners(observation_space: spaces.Space, network: nn.Module, args: Arg
 
 
 def seeds_of_envs(args: Args, *more: int) -> list[int]:
-    """Returns the seeds of this process's environments, S*N of them; `more` makes them others."""
-    local = args.num_envs // jax.process_count()
-    mine = slice(jax.process_index() * local, (jax.process_index() + 1) * local)
+    """Returns the seeds of the S*N environments; `more` makes them others.
+
+    Those of host-side environments are this process's share.
+    """
+    envs = args.num_envs if is_native(args) else args.num_envs // jax.process_count()
+    first = first_env(args)
     found = []
     for seed in range(args.seed, args.seed + args.num_seeds):
         entropy = [seed, *more] if more else seed
         drawn = np.random.SeedSequence(entropy).generate_state(args.num_envs) >> 1
-        found += drawn[mine].tolist()
+        found += drawn[first : first + envs].tolist()
     return found
+
+
+def first_env(args: Args) -> int:
+    """Returns which of a seed's N environments this process's runner begins with."""
+    if is_native(args):
+        return 0
+    return jax.process_index() * (args.num_envs // jax.process_count())
 
 
 class Run(NamedTuple):  # everything that acts
@@ -1468,18 +1753,22 @@ class Run(NamedTuple):  # everything that acts
     learner: LearnerState  # new, [S, ...], on the host
     runner: RunnerState
     act: Callable  # (runner, learner without opt_state) to runner and Transition [S, T, N, ...]
-    rollout_shape: Transition  # what act returns, as shapes
+    rollout_shape: Transition | None  # what act returns, as shapes; None: of JAX-native ones
 
 
 def make_run(args: Args, env_seeds: list[int], new: bool = True, render: bool = False) -> Run:
-    """Returns environments, networks, and the compiled rollout, all on the CPU.
+    """Returns environments, networks, and the compiled rollout.
+
+    Host-side environments and their rollouts are on the CPU.
 
     Args:
         new: whether to initialise learners; without, `learner` holds only shapes.
         render: whether the environment can be filmed.
     """
+    on_host = not is_native(args)
+    device = jax.local_devices(backend="cpu")[0] if on_host else None
     # EnvPool's MuJoCo speaks float64, which nothing outside of rollouts may
-    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
+    with jax.enable_x64(on_host), jax.default_device(device):
         env = make_env(args, env_seeds, render)
         zeros = jnp.zeros(len(env_seeds), jnp.float32)
         env_state, time_step = env.first
@@ -1487,40 +1776,198 @@ def make_run(args: Args, env_seeds: list[int], new: bool = True, render: bool = 
         network = ActorCritic(env.action_space, args)
         init = jax.jit(partial(init_learners, env.observation_space, network, args))
         learner = jax.device_get(init()) if new else jax.eval_shape(init)
-        act = jax.jit(partial(rollout, env=env, network=network, args=args))
-        # It holds a pointer, and so is of no use to other processes
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
-        lowered = act.lower(runner, learner._replace(opt_state=None))
-        act = lowered.compile()
+        act = partial(rollout, first_env=first_env(args), env=env, network=network, args=args)
+        act = jax.jit(act)
+        rollout_shape = None
+        if on_host:
+            # It holds a pointer, and so is of no use to other processes
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
+            lowered = act.lower(runner, learner._replace(opt_state=None))
+            act = lowered.compile()
+            _, rollout_shape = lowered.out_info
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    _, rollout_shape = lowered.out_info
     return Run(args, env, network, learner, runner, act, rollout_shape)
 
 
-def compile_update(run: Run, mesh: Mesh) -> Callable:
-    """Returns the compiled update of all seeds: (learner, rollout) to (learner, metrics [S]).
+class Iteration(NamedTuple):  # what a rollout and its update leave behind
+    learner: LearnerState  # [S, ...]
+    runner: RunnerState  # [S*N, ...], of JAX-native environments [S, N, ...]
+    transition: Transition  # [S, T, N, ...]
+    metrics: dict[str, Array]  # [S]
+    bad: Array  # [], place in `checked` of the first that is not finite; their number: all are
 
-    Seeds lie on the mesh's second axis; of a rollout, its first axis has the environments.
+
+def checked(
+    learner: LearnerState, transition: Transition, metrics: dict[str, Array]
+) -> dict[str, Any]:
+    """Returns {name: pytree} of what must be finite, in the order in which it arises."""
+    return {
+        "the environment's observation": transition.obs,
+        "the environment's reward": transition.reward,
+        "the discounted return": transition.discounted_return,
+        "the action": transition.action,
+        **{name: x for name, x in learner._asdict().items() if name.endswith("stats")},
+        **{name: x for name, x in metrics.items() if "episodic" not in name},
+        "a network's parameter": learner.params,
+    }
+
+
+def all_finite(tree: Any) -> Array:
+    """Returns whether no leaf has an element that is infinite or no number."""
+    return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]))
+
+
+def learn(
+    learner: LearnerState, transition: Transition, network: nn.Module, args: Args
+) -> tuple[LearnerState, dict[str, Array], Array]:
+    """Returns learners [S, ...] after an update, metrics [S], and Iteration's `bad` [].
+
+    It runs on every device of the mesh, and `bad` is the same on all of them.
     """
-    shared = mesh.shape["process"] > 1
-    args = replace(run.args, distributed=shared)
-    by_seed = PartitionSpec("seed")
-    by_env = PartitionSpec("seed", None, "process")
-    learn = jax.vmap(partial(update, network=run.network, args=args))
-    learn = jax.shard_map(
-        learn, mesh=mesh, in_specs=(by_seed, by_env), out_specs=by_seed, check_vma=False
+    learner, metrics = jax.vmap(partial(update, network=network, args=args))(learner, transition)
+    finite = [all_finite(tree) for tree in checked(learner, transition, metrics).values()]
+    bad = jnp.argmin(jnp.stack([*finite, jnp.array(False)]))
+    return learner, metrics, jax.lax.pmin(bad, ("process", "seed"))
+
+
+# On the mesh of updates, seeds lie on the second axis, a seed's environments on the first
+BY_SEED = PartitionSpec("seed")
+BY_ENV = PartitionSpec("seed", "process")
+ROLLOUT = PartitionSpec("seed", None, "process")
+EVERYWHERE = PartitionSpec()
+
+
+def make_advance(run: Run, mesh: Mesh) -> tuple[Callable, RunnerState]:
+    """Returns compiled iterations, and the runner that the first of them takes.
+
+    (learner, runner, count, seconds) gives the last Iteration of `count`, or the first with
+    something not finite. Its metrics and `bad` are on the host.
+    """
+    args = replace(run.args, distributed=mesh.shape["process"] > 1)  # cores share as processes do
+    return (compile_loop if is_native(args) else compile_update)(run, mesh, args)
+
+
+def compile_update(run: Run, mesh: Mesh, args: Args) -> tuple[Callable, RunnerState]:
+    """Returns, as make_advance, a rollout on the host and an update of all seeds; count is 1."""
+    update_all = jax.shard_map(
+        partial(learn, network=run.network, args=args),
+        mesh=mesh,
+        in_specs=(BY_SEED, ROLLOUT),
+        out_specs=(BY_SEED, BY_SEED, EVERYWHERE),
+        check_vma=False,
     )
-    learn = jax.jit(learn, donate_argnums=0)
-
     put = partial(multihost_utils.host_local_array_to_global_array, global_mesh=mesh)
-    learner = put(run.learner, pspecs=by_seed)
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), run.rollout_shape)
-    learn = learn.lower(learner, put(zeros, pspecs=by_env)).compile()
+    update_all = jax.jit(update_all, donate_argnums=0)
+    given = put(run.learner, pspecs=BY_SEED), put(zeros, pspecs=ROLLOUT)
+    update_all = update_all.lower(*given).compile()
 
-    def learn_from_host(learner: LearnerState, rollout: Transition) -> tuple:
-        return learn(put(learner, pspecs=by_seed), put(rollout, pspecs=by_env))
+    def advance(learner: LearnerState, runner: RunnerState, count: int, seconds: dict) -> Iteration:
+        with timed(seconds, "acting"):
+            runner, transition = run.act(runner, learner._replace(opt_state=None))
+            transition = jax.device_get(transition)
+        with timed(seconds, "learning"):
+            given = put(learner, pspecs=BY_SEED), put(transition, pspecs=ROLLOUT)
+            learner, metrics, bad = jax.device_get(update_all(*given))
+        return Iteration(learner, runner, transition, metrics, bad)
 
-    return learn_from_host
+    return advance, run.runner
+
+
+def iterate(last: Iteration, env: Environment, network: nn.Module, args: Args) -> Iteration:
+    """Returns the next iteration of JAX-native environments, on one device of the mesh.
+
+    The runner's leaves are [S, N, ...], of the seeds and environments that are this device's.
+    """
+    envs = last.runner.time_step.reward.shape[1]
+    first = jax.lax.axis_index("process") * envs
+    runner = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), last.runner)
+    acting = last.learner._replace(opt_state=None)
+    runner, transition = rollout(runner, acting, first, env, network, args)
+    runner = jax.tree.map(lambda x: x.reshape(-1, envs, *x.shape[1:]), runner)
+    learner, metrics, bad = learn(last.learner, transition, network, args)
+    return Iteration(learner, runner, transition, metrics, bad)
+
+
+def iterate_often(
+    learner: LearnerState,
+    runner: RunnerState,
+    count: Array,
+    env: Environment,
+    network: nn.Module,
+    args: Args,
+) -> Iteration:
+    """Returns the last of `count` iterations, or the first with something not finite."""
+    step = partial(iterate, env=env, network=network, args=args)
+    unknown = Iteration(learner, runner, None, None, None)
+    shapes = jax.eval_shape(step, unknown)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    all_good = len(checked(shapes.learner, shapes.transition, shapes.metrics))
+    begin = zeros._replace(learner=learner, runner=runner, bad=zeros.bad + all_good)
+
+    def goes_on(carry: tuple[Array, Iteration]) -> Array:
+        done, last = carry
+        return (done < count) & (last.bad == all_good)
+
+    def body(carry: tuple[Array, Iteration]) -> tuple[Array, Iteration]:
+        done, last = carry
+        return done + 1, step(last)
+
+    _, last = jax.lax.while_loop(goes_on, body, (jnp.int32(0), begin))
+    return last
+
+
+def make_loop(run: Run, mesh: Mesh, args: Args) -> Callable:
+    """Returns iterate_often on a mesh: (learner, runner [S, N, ...], count []) to Iteration."""
+    return jax.shard_map(
+        partial(iterate_often, env=run.env, network=run.network, args=args),
+        mesh=mesh,
+        in_specs=(BY_SEED, BY_ENV, EVERYWHERE),
+        out_specs=Iteration(BY_SEED, BY_ENV, ROLLOUT, BY_SEED, EVERYWHERE),
+        check_vma=False,
+    )
+
+
+def to_devices(learner: LearnerState, runner: RunnerState, count: int, mesh: Mesh) -> tuple:
+    """Returns what make_loop's function takes, where it takes it."""
+    given = (learner, BY_SEED), (runner, BY_ENV), (np.int32(count), EVERYWHERE)
+    return tuple(jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in given)
+
+
+def split_by_seed(runner: RunnerState, args: Args) -> RunnerState:
+    """Returns a runner [S*N, ...] as [S, N, ...], on the host."""
+
+    def split(x: Array) -> np.ndarray:
+        return np.asarray(x).reshape(args.num_seeds, args.num_envs, *x.shape[1:])
+
+    return jax.tree.map(split, runner)
+
+
+def compile_loop(run: Run, mesh: Mesh, args: Args) -> tuple[Callable, RunnerState]:
+    """Returns, as make_advance, iterations of JAX-native environments: one loop on the devices.
+
+    Nothing is donated: a loop that outlasts a signal's grace leaves what it began with.
+    """
+    begin = to_devices(run.learner, split_by_seed(run.runner, args), 1, mesh)
+    loop = jax.jit(make_loop(run, mesh, args)).lower(*begin).compile()
+
+    def advance(learner: LearnerState, runner: RunnerState, count: int, seconds: dict) -> Iteration:
+        last = loop(*to_devices(learner, runner, count, mesh))
+        metrics, bad = jax.device_get((last.metrics, last.bad))
+        mine = multihost_utils.global_array_to_host_local_array(last.transition, mesh, ROLLOUT)
+        return last._replace(transition=mine, metrics=metrics, bad=bad)
+
+    _, runner, _ = begin
+    return advance, runner
+
+
+def check_finite(last: Iteration) -> None:
+    """Stops with exit code 1 at the first bad quantity, in the order in which they arise."""
+    names = list(checked(last.learner, last.transition, last.metrics))
+    if last.bad < len(names):
+        iteration = int(last.learner.iteration[0])
+        bad = names[last.bad]
+        fail(f"iteration {iteration}: {bad} is not finite; earlier checkpoints are good", code=1)
 
 
 def first_not_finite(quantities: dict[str, Any]) -> str | None:
@@ -1530,23 +1977,6 @@ def first_not_finite(quantities: dict[str, Any]) -> str | None:
             if not np.isfinite(leaf).all():
                 return name
     return None
-
-
-def check_finite(iteration: int, last: "Iteration") -> None:
-    """Stops with exit code 1 at the first bad quantity, in the order in which they arise."""
-    bad = first_not_finite(
-        {
-            "the environment's observation": last.transition.obs,
-            "the environment's reward": last.transition.reward,
-            "the discounted return": last.transition.discounted_return,
-            "the action": last.transition.action,
-            **{name: x for name, x in last.learner._asdict().items() if name.endswith("stats")},
-            **{name: x for name, x in last.metrics.items() if "episodic" not in name},
-            "a network's parameter": last.learner.params,
-        }
-    )
-    if bad:
-        fail(f"iteration {iteration}: {bad} is not finite; earlier checkpoints are good", code=1)
 
 
 # Run folder
@@ -1807,23 +2237,32 @@ def checkpoint_paths(folder: Path) -> list[Path]:
     return sorted(paths, key=lambda path: int(path.stem), reverse=True)
 
 
-def write_checkpoint(folder: Path, learner: LearnerState, seconds: Seconds) -> None:
+class Checkpoint(NamedTuple):  # what a file of a run folder holds
+    learner: LearnerState  # [S, ...]
+    runner: dict  # of JAX-native environments, {place: leaf of a RunnerState}; others go on anew
+    seconds: Seconds
+
+
+def write_checkpoint(folder: Path, found: Checkpoint) -> None:
     """Writes a checkpoint, named by its iteration, and keeps the one before. Raises: OSError.
 
     The file is a SHA-256 digest of 32 bytes, and then what flax.serialization makes of the state.
     """
-    content = flax.serialization.to_bytes({"learner": learner, "seconds": seconds})
-    path = folder / "checkpoints" / f"{int(learner.iteration[0])}.msgpack"
+    content = flax.serialization.to_bytes(found)
+    path = folder / "checkpoints" / f"{int(found.learner.iteration[0])}.msgpack"
     write_atomically(path, hashlib.sha256(content).digest() + content)
     for old in checkpoint_paths(folder)[2:]:
         old.unlink()
 
 
-def read_checkpoint(path: Path, like: LearnerState) -> tuple[LearnerState, Seconds]:
-    """Returns what a checkpoint holds; `like` has its structure. Raises: ValueError, OSError."""
-    content = checked_content(path)
-    found = flax.serialization.from_bytes({"learner": like, "seconds": Seconds()}, content)
-    return found["learner"], found["seconds"]
+def read_checkpoint(path: Path, like: LearnerState) -> Checkpoint:
+    """Returns a file's content; `like` has the learner's structure. Raises: ValueError, OSError."""
+    content = flax.serialization.msgpack_restore(checked_content(path))
+    return Checkpoint(
+        learner=flax.serialization.from_state_dict(like, content["learner"]),
+        runner=content["runner"],
+        seconds=flax.serialization.from_state_dict(Seconds(), content["seconds"]),
+    )
 
 
 def checked_content(path: Path) -> bytes:
@@ -1844,7 +2283,7 @@ def last_iteration(folder: Path) -> int:
     return 0
 
 
-def newest_checkpoint(folder: Path, like: LearnerState) -> tuple[LearnerState, Seconds] | None:
+def newest_checkpoint(folder: Path, like: LearnerState) -> Checkpoint | None:
     """Returns what the newest readable checkpoint holds, None where there are none.
 
     Raises: ValueError where there are some, but none readable.
@@ -1858,6 +2297,20 @@ def newest_checkpoint(folder: Path, like: LearnerState) -> tuple[LearnerState, S
     if paths:
         raise ValueError(f"{folder} has no readable checkpoint: restore a backup, or --clobber")
     return None
+
+
+def runner_to_dict(runner: RunnerState) -> dict:
+    """Returns {place: leaf}: what a checkpoint holds of a runner, of whatever structure."""
+    return {str(i): x for i, x in enumerate(jax.tree.leaves(runner))}
+
+
+def runner_from_dict(found: dict, like: RunnerState) -> RunnerState:
+    """Returns the inverse of runner_to_dict. Raises: ValueError where it is another task's."""
+    leaves, structure = jax.tree.flatten(like)
+    kinds = [(x.shape, x.dtype) for x in leaves]
+    if kinds != [(found[str(i)].shape, found[str(i)].dtype) for i in range(len(found))]:
+        raise ValueError("holds environments of another kind: --clobber starts afresh")
+    return jax.tree.unflatten(structure, [found[str(i)] for i in range(len(found))])
 
 
 def last_100(learner: LearnerState) -> list[float | None]:
@@ -1890,24 +2343,25 @@ def make_result(args: Args, learner: LearnerState, seconds: Seconds) -> dict:
         "compile_time": seconds.starting,
         "sps": steps / max(seconds.wall, 1e-9),
         "sps_with_compile": steps / (seconds.starting + max(seconds.wall, 1e-9)),
-        "sps_rollout": steps / max(seconds.acting, 1e-9),
-        "sps_update": steps / max(seconds.learning, 1e-9),
+        "sps_rollout": steps / seconds.acting if seconds.acting else None,
+        "sps_update": steps / seconds.learning if seconds.learning else None,
         "versions": versions,
         "device": f"{jax.devices()[0].device_kind}, {cores}, {processes}",
     }
 
 
-def save(args: Args, learner: LearnerState, seconds: Seconds) -> None:
+def save(args: Args, found: Checkpoint) -> None:
     """Writes a checkpoint and result.json.
 
     Stops with exit code 1 where the disk takes none, or the state is not finite.
     """
     folder = args.folder
+    learner = found.learner
     if bad := first_not_finite(learner._asdict()):
         fail(f"{bad} is not finite after {args.env_id}'s last rollout; no checkpoint", code=1)
     try:
-        write_checkpoint(folder, learner, seconds)
-        result = make_result(args, learner, seconds)
+        write_checkpoint(folder, found)
+        result = make_result(args, learner, found.seconds)
         write_atomically(folder / "result.json", to_json(result).encode())
     except OSError as error:
         kept = checkpoint_paths(folder)
@@ -1975,20 +2429,24 @@ def open_event_files(args: Args, run: Run, step: int) -> list[EventFile]:
     return files
 
 
-def log(files: list[EventFile], iteration: int, last: "Iteration", args: Args) -> None:
-    """Writes an iteration's metrics [S], and sometimes histograms of its rollout."""
+def log(files: list[EventFile], iteration: int, last: Iteration, speed: float, args: Args) -> None:
+    """Writes an iteration's metrics [S], and sometimes histograms of its rollout.
+
+    Args:
+        speed: of all seeds, steps per second.
+    """
     if iteration % args.log_interval:
         return
     step = iteration * args.rollout_size
     for seed, file in enumerate(files):
         known = {name: float(x[seed]) for name, x in last.metrics.items() if np.isfinite(x[seed])}
-        known["charts/SPS"] = args.num_seeds * args.rollout_size / last.seconds
+        known["charts/SPS"] = speed
         values = [Summary.Value(tag=name, simple_value=x) for name, x in known.items()]
         file.add_summary(step, Summary(value=values))
         if iteration % (10 * args.log_interval) == 0:
             for name in ("obs", "action", "reward"):
                 leaves = jax.tree.leaves(getattr(last.transition, name))
-                values = np.concatenate([np.ravel(leaf[seed]) for leaf in leaves])
+                values = np.concatenate([np.ravel(np.asarray(leaf)[seed]) for leaf in leaves])
                 file.add_summary(step, histogram_pb(f"rollout/{name}", values))
         file.flush()
 
@@ -2038,34 +2496,6 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] += time.perf_counter() - began
 
 
-class Iteration(NamedTuple):  # what one rollout and its update leave behind
-    learner: LearnerState  # on the host: what the next rollout acts by, and a checkpoint holds
-    runner: RunnerState
-    transition: Transition  # on the host
-    metrics: dict[str, np.ndarray]  # [S]
-    seconds: float
-
-
-def iterate(
-    run: Run, learn: Callable, runner: RunnerState, learner: LearnerState, seconds: dict
-) -> Iteration:
-    """Returns what a rollout and an update make of a runner and of learners on the host."""
-    began = time.perf_counter()
-    with timed(seconds, "acting"):
-        runner, transition = run.act(runner, learner._replace(opt_state=None))
-        transition = jax.device_get(transition)
-    with timed(seconds, "learning"):
-        learner, metrics = learn(learner, transition)
-        learner, metrics = jax.device_get((learner, metrics))
-    return Iteration(
-        learner=learner,
-        runner=runner,
-        transition=transition,
-        metrics=metrics,
-        seconds=time.perf_counter() - began,
-    )
-
-
 def train(args: Args, mesh: Mesh) -> None:
     """Trains to the end, from the newest checkpoint if there is one."""
     began = time.perf_counter()
@@ -2075,8 +2505,8 @@ def train(args: Args, mesh: Mesh) -> None:
         if not args.clobber and report_finished(args):
             return
     run = make_run(args, seeds_of_envs(args))
-    learn = compile_update(run, mesh)
-    learner, seconds, _lock = open_folder(args, run)
+    advance, runner = make_advance(run, mesh)
+    learner, runner, seconds, _lock = open_folder(args, run, runner)
     first = int(learner.iteration[0])
     seconds = seconds._asdict()
     seconds["starting"] += time.perf_counter() - began
@@ -2084,35 +2514,63 @@ def train(args: Args, mesh: Mesh) -> None:
     signals = Signals()
     worker = ThreadPoolExecutor(max_workers=1)
     files = open_event_files(args, run, first * args.rollout_size) if chief else []
-    runner = run.runner
+    iteration = first
     with progress_bar(args, first, chief) as bar:
-        for iteration in range(first + 1, args.num_iterations + 1):
+        while iteration < args.num_iterations:
+            count = next_stop(iteration, args) - iteration
+            began = time.perf_counter()
             with timed(seconds, "wall"):
-                future = worker.submit(iterate, run, learn, runner, learner, seconds)
+                future = worker.submit(advance, learner, runner, count, seconds)
                 last = wait(future, signals)
                 if last is None:  # it takes longer than a cluster gives
-                    save_and_leave(args, learner, seconds, signals.first)
+                    save_and_leave(args, learner, runner, seconds, signals.first)
                 if run.env.failures:
-                    fail(f"iteration {iteration}: {run.env.failures[0]}", code=1)
-                check_finite(iteration, last)
+                    fail(f"iteration {iteration + 1}: {run.env.failures[0]}", code=1)
+                check_finite(last)
                 learner, runner = last.learner, last.runner
+                iteration += count
                 if chief:
-                    log(files, iteration, last, args)
-                    show_progress(bar, last.metrics, args)
+                    steps = count * args.rollout_size
+                    speed = args.num_seeds * steps / (time.perf_counter() - began)
+                    log(files, iteration, last, speed, args)
+                    show_progress(bar, steps, last.metrics)
             stopping = agree_on_signal(signals, args)
             due = iteration % args.checkpoint_interval == 0 or iteration == args.num_iterations
-            if chief and (due or stopping):
+            if due or stopping:
                 with timed(seconds, "wall"):
-                    save(args, learner, Seconds(**seconds))
+                    found = to_checkpoint(learner, runner, seconds, args)
+                    if chief:
+                        save(args, found)
             if stopping:
                 sys.exit(128 + stopping)
 
 
-def save_and_leave(args: Args, learner: LearnerState, seconds: dict, number: int) -> NoReturn:
-    """Ends the process at a signal while an iteration goes on, as the last one left the learner."""
+def next_stop(iteration: int, args: Args) -> int:
+    """Returns the iteration after which the host looks in: the next, on the device the next due."""
+    if not is_native(args):
+        return iteration + 1
+    due = [x * (iteration // x + 1) for x in (args.log_interval, args.checkpoint_interval)]
+    return min(*due, args.num_iterations)
+
+
+def to_checkpoint(
+    learner: LearnerState, runner: RunnerState, seconds: dict, args: Args
+) -> Checkpoint:
+    """Returns what a checkpoint holds, on the host. All processes must call it together."""
+    if not is_native(args):
+        return Checkpoint(learner, {}, Seconds(**seconds))
+    learner, runner = multihost_utils.process_allgather((learner, runner), tiled=True)
+    return Checkpoint(learner, runner_to_dict(runner), Seconds(**seconds))
+
+
+def save_and_leave(
+    args: Args, learner: LearnerState, runner: RunnerState, seconds: dict, number: int
+) -> NoReturn:
+    """Ends the process at a signal while iterations go on, as the last ones left the learner."""
+    shared = args.distributed and is_native(args)  # the others need not come to a common save
     try:
-        if jax.process_index() == 0:
-            save(args, learner, Seconds(**seconds))
+        if jax.process_index() == 0 and not shared:
+            save(args, to_checkpoint(learner, runner, seconds, args))
     except Failure as failure:
         note(str(failure))
         leave(failure.code)
@@ -2142,8 +2600,10 @@ def report_finished(args: Args) -> bool:
     return True
 
 
-def open_folder(args: Args, run: Run) -> tuple[LearnerState, Seconds, Any]:
-    """Returns the newest learner, the seconds spent before, and the folder's lock.
+def open_folder(
+    args: Args, run: Run, runner: RunnerState
+) -> tuple[LearnerState, RunnerState, Seconds, Any]:
+    """Returns the newest learner and runner, the seconds spent before, and the folder's lock.
 
     Stops with exit code 2 at a folder that is another run's, locked, unreadable or unwritable.
     """
@@ -2160,13 +2620,15 @@ def open_folder(args: Args, run: Run) -> tuple[LearnerState, Seconds, Any]:
             create_folder(args, run)
         multihost_utils.sync_global_devices("run folder")
         found = newest_checkpoint(folder, run.learner)
+        if found is None:
+            return run.learner, runner, Seconds(), lock
+        if found.runner:
+            runner = runner_from_dict(found.runner, runner)
+        return found.learner, runner, found.seconds, lock
     except OSError as error:
         fail(f"--run-dir {folder} cannot be written ({error.strerror}): give another, or make room")
     except ValueError as error:
         fail(f"--run-dir {error}")
-    if found is None:
-        return run.learner, Seconds(), lock
-    return *found, lock
 
 
 def say_what_changes(args: Args) -> None:
@@ -2205,12 +2667,12 @@ def progress_bar(args: Args, first: int, visible: bool) -> tqdm:
     )
 
 
-def show_progress(bar: tqdm, metrics: dict, args: Args) -> None:
-    """Moves the progress line on by an iteration; nobody need be listening."""
+def show_progress(bar: tqdm, steps: int, metrics: dict) -> None:
+    """Moves the progress line on by steps of a seed; nobody need be listening."""
     mean = np.mean(metrics["charts/episodic_return_100"])
     with suppress(OSError, ValueError):
         bar.set_postfix_str("" if np.isnan(mean) else f"return {mean:.1f}", refresh=False)
-        bar.update(args.rollout_size)
+        bar.update(steps)
 
 
 # Evaluation
@@ -2244,8 +2706,7 @@ def read_run(folder: Path) -> SavedRun:
     found = newest_checkpoint(folder, like)
     if found is None:
         raise ValueError(f"{folder} has no checkpoint yet: wait for the first, or train on")
-    learner, seconds = found
-    return SavedRun(args, observation_space, action_space, learner, seconds)
+    return SavedRun(args, observation_space, action_space, found.learner, found.seconds)
 
 
 def read_result(folder: Path) -> dict | None:
@@ -2429,7 +2890,7 @@ def film(args: Args, saved: SavedRun) -> None:
         runner = run.runner
         ended = False
         while not ended and len(frames) < args.eval_steps:
-            frames.append(run.env.render())
+            frames.append(run.env.render(runner.env_state))
             runner, transition = run.act(runner, learner)
             ended = bool(transition.done.any()) or bool(run.env.failures)
         folder = args.folder if os.access(args.folder, os.W_OK) else Path.cwd()

@@ -418,14 +418,14 @@ def check_env_step(ppo):
         )
         return (n, episode), new
 
-    env = ppo.Environment(None, step, None, SPACE, None, [], None)
+    env = ppo.Environment(False, None, step, None, SPACE, None, [], None)
     none, zero = jnp.zeros(1, bool), jnp.zeros(1)
     first = ppo.TimeStep(jnp.zeros((1, 1, 2)), zero, none, none)
     runner = ppo.RunnerState((0, 0), first, ppo.Episode(zero, zero, zero))
     network = ppo.ActorCritic(SPACE, args)
     learner = ppo.init_learner(np.uint32(0), np.zeros(2, np.float32), network, args)
     learner = jax.tree.map(lambda x: x[None], learner)
-    _, t = ppo.rollout(runner, learner, env, network, args)
+    _, t = ppo.rollout(runner, learner, 0, env, network, args)
     t = jax.tree.map(lambda x: np.asarray(x[0, :, 0]), t)
     np.testing.assert_array_equal(t.obs[:, 0, 0], [0, 1, 2, 3, 0, 1, 2, 3, 0])
     np.testing.assert_array_equal(t.reward, [10, 20, 30, 0, 10, 20, 30, 0])

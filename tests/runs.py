@@ -1,6 +1,7 @@
 """Reading run folders, and processes that run for long."""
 
 import json
+import os
 import subprocess
 import time
 
@@ -47,3 +48,21 @@ def start_long(tmp_path, script, *flags):
     )
     wait_for(tmp_path / "long/result.json", process)
     return process
+
+
+def run_in_two_processes(tmp_path, script, *flags):
+    """Runs a script under gloo, found through what Open MPI's mpirun tells its processes."""
+    both = []
+    for rank in range(2):
+        env = environment(
+            OMPI_MCA_orte_hnp_uri=f"{os.getpid() % 4000 << 12}.0;tcp://127.0.0.1:1",
+            OMPI_COMM_WORLD_SIZE="2",
+            OMPI_COMM_WORLD_RANK=str(rank),
+            OMPI_COMM_WORLD_LOCAL_RANK=str(rank),
+        )
+        line = command(script, *SMALL[script], *flags, "--distributed")
+        process = subprocess.Popen(line, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+        both.append(process)
+    for process in both:
+        _, errors = process.communicate(timeout=180)
+        assert process.returncode == 0, errors

@@ -530,6 +530,30 @@ def test_a_bad_flag_is_one_line(run, tmp_path, script, flags):
     assert not list(tmp_path.iterdir())
 
 
+JAX_SETTINGS = [
+    ({"JAX_DISABLE_JIT": "1"}, "JAX_DISABLE_JIT is set"),
+    ({"JAX_DEBUG_NANS": "1"}, "JAX_DEBUG_NANS is set"),
+    ({"JAX_PLATFORMS": "cuda"}, "(cuda,cpu) finds no device"),
+    ({"JAX_PLATFORMS": "nothing"}, "(nothing,cpu) finds no device"),
+]
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize(("settings", "said"), JAX_SETTINGS)
+def test_settings_of_jax_that_cannot_work(tmp_path, script, settings, said):
+    line = command(script, *SMALL[script], "--env-id", "Pendulum-v1")
+    env = environment(**settings)
+    done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True)
+    one_line(done, 2, said)
+
+
+@pytest.mark.costly
+def test_a_name_that_is_no_utf8(run, script):
+    name = os.fsdecode(b"bad\xff")
+    done = run(script, "--env-id", "Pendulum-v1", "--exp-name", name, check=False)
+    one_line(done, 2, "--run-dir", "is no UTF-8")
+
+
 def test_an_unknown_flag(run, tmp_path, script):
     bad = run(script, "--learning-rat", "1", check=False)
     assert bad.returncode == 2 and "--learning-rate" in bad.stdout + bad.stderr

@@ -1,8 +1,6 @@
 """Runs as users make them: repeated, resumed, spread over seeds, cores and processes, loaded."""
 
-import os
 import shutil
-import socket
 import subprocess
 import sys
 from functools import partial
@@ -11,8 +9,8 @@ import flax
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, SCRIPTS, SMALL, command, environment
-from runs import events_of, result, scalars
+from conftest import ROOT, SCRIPTS, SMALL, environment
+from runs import events_of, result, run_in_two_processes, scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 COUNTER = ["--env-id", "scripted:Counter-v0"]
@@ -70,27 +68,11 @@ def test_resumed_equals_never_stopped(run, tmp_path, script):
 
 
 def test_two_processes_compute_what_one_does(run, tmp_path, script):
-    """Under gloo, found through the environment that Open MPI's mpirun gives its processes."""
     flags = ["--env-id", "Pendulum-v1", "--num-envs", 4, "--total-timesteps", 768]
     # Statistics of returns would start from different episodes' sums, to rounding
     flags += ["--no-norm-reward"] if script == "ppo_continuous" else []
     run(script, *flags, "--run-dir", "one")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-    both = []
-    for rank in range(2):
-        env = environment(
-            OMPI_MCA_orte_hnp_uri=f"{os.getpid() % 4000 << 12}.0;tcp://127.0.0.1:1",
-            OMPI_COMM_WORLD_SIZE="2",
-            OMPI_COMM_WORLD_RANK=str(rank),
-            OMPI_COMM_WORLD_LOCAL_RANK=str(rank),
-        )
-        line = command(script, *SMALL[script], *flags, "--distributed", "--run-dir", "two")
-        process = subprocess.Popen(line, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
-        both.append(process)
-    for process in both:
-        _, errors = process.communicate(timeout=180)
-        assert process.returncode == 0, errors
+    run_in_two_processes(tmp_path, script, *flags, "--run-dir", "two")
     assert_close(tmp_path / "one", tmp_path / "two", rtol=2e-4, atol=2e-5)
 
 
@@ -110,6 +92,28 @@ def test_idle_cores_share_large_minibatches(tmp_path, script):
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("CpuDevice") == cores
     assert_close(tmp_path / "1", tmp_path / "2", rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.costly
+def test_updates_on_another_device_than_rollouts(run, tmp_path, script):
+    """As on a GPU machine: what comes out is the same, to the last bit."""
+    code = f"""
+import jax, numpy as np, {script} as m
+def configure(args):
+    jax.config.update("jax_num_cpu_devices", 2)
+    return m.Mesh(np.array(jax.devices()[1:])[None], ("process", "seed"))
+m.configure = configure
+m.main()
+"""
+    flags = ["--env-id", "Pendulum-v1", "--num-envs", 4, "--total-timesteps", 768]
+    run(script, *flags, "--run-dir", "one")
+    line = [sys.executable, "-c", code, *SMALL[script], *flags, "--run-dir", "two"]
+    env = environment(PYTHONPATH=str(ROOT))
+    done = subprocess.run(
+        [str(x) for x in line], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert_close(tmp_path / "one", tmp_path / "two", rtol=0, atol=0)
 
 
 def test_seeds_in_one_process_are_lone_runs(run, tmp_path, script):

@@ -1,0 +1,97 @@
+"""JAX-native environments that tests can foretell, for --env-id jax:jax_tasks:<function>."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from gymnasium.spaces import Box, Dict, Discrete
+
+
+class State(NamedTuple):
+    time: jax.Array
+    start: jax.Array  # drawn at the reset: another in each episode
+
+
+class Counter:
+    """Shows time and start; the reward is the time; every other length of episode terminates."""
+
+    observation_space = Box(-np.inf, np.inf, (2,))
+    action_space = Box(-1, 1, (1,))
+
+    def __init__(self, length=3):
+        self.length = length
+
+    def reset(self, key):
+        state = State(time=jnp.int32(0), start=jax.random.uniform(key))
+        return self.observe(state), state
+
+    def step(self, key, state, action):
+        state = state._replace(time=state.time + 1)
+        ended = state.time >= self.length
+        terminated = ended & (state.start < 0.5)
+        # as users write them: other dtypes than reset's, and an end that is both
+        reward = state.time
+        return self.observe(state), state, reward, terminated, ended, {}
+
+    def observe(self, state):
+        return jnp.stack([state.time.astype(jnp.float32), state.start])
+
+
+class Rounded(Counter):
+    """Its actions are whole numbers; the reward is the action."""
+
+    action_space = Box(-3, 3, (2,), np.int32)
+
+    def step(self, key, state, action):
+        obs, state, _, terminated, ended, info = super().step(key, state, action)
+        assert action.dtype == jnp.int32
+        return obs, state, action[0].astype(jnp.float32), terminated, ended, info
+
+
+class Parts(Counter):
+    """Observations in parts, one of them a number of choices."""
+
+    observation_space = Dict({"left": Discrete(4, start=2), "right": Box(-1, 1, (2, 2))})
+
+    def observe(self, state):
+        right = jnp.full((2, 2), state.start)
+        return {"left": 2 + state.time % 4, "right": right}
+
+
+class Broken(Counter):
+    """Its reward is no number from a step of the environment on."""
+
+    def step(self, key, state, action):
+        obs, state, reward, terminated, ended, info = super().step(key, state, action)
+        bad = state.time == self.length
+        return obs, state, jnp.where(bad, jnp.nan, reward), terminated, ended, info
+
+
+class Wide(Counter):
+    """Steps return a wider observation than resets."""
+
+    def step(self, key, state, action):
+        obs, *rest = super().step(key, state, action)
+        return (jnp.concatenate([obs, obs]), *rest)
+
+
+class Narrow(Counter):
+    """Observations are not of the space's shape."""
+
+    def observe(self, state):
+        return super().observe(state)[:1]
+
+
+class Choices(Counter):
+    """Its actions are a number of choices."""
+
+    action_space = Discrete(3)
+
+
+class Typed(Counter):
+    """It keeps a typed key."""
+
+    def reset(self, key):
+        obs, state = super().reset(key)
+        return obs, (state, jax.random.wrap_key_data(key))
