@@ -1558,6 +1558,7 @@ def rollout(
 
 # --- Run ---
 ROWS_PER_CORE = 100  # of a minibatch; for fewer, another core costs more than it saves
+ROWS_PER_ACCELERATOR = 8192  # the same for GPUs and TPUs: a guess, never measured
 GRACE = 10  # seconds that an iteration has to end in after a signal; clusters give 30
 LOCK = ".lock"
 RUN_FILES = (  # what a run folder holds, all of it
@@ -1584,26 +1585,22 @@ def largest_divisor(number: int, most: int) -> int:
 def configure(args: Args) -> Mesh:
     """Sets JAX up and returns the devices of updates: [shares of a minibatch, seeds].
 
-    On a CPU the cores are as many devices. Those that seeds leave idle share large minibatches,
-    as P processes do. Stops with exit code 2 where there is no such platform or cluster.
+    On a CPU the cores are as many devices. Stops with exit code 2 where there is no such platform
+    or cluster.
     """
-    cache = jax.config.jax_compilation_cache_dir or str(Path.home() / ".cache" / "ppo_jax")
-    jax.config.update("jax_compilation_cache_dir", cache)
     for name in ("jax_disable_jit", "jax_debug_nans"):
         if getattr(jax.config, name):
-            fail(
-                f"{name.upper()} is set: this script needs jit, and has NaN where no episode ended"
-            )
-    platforms = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}.get(args.platform)
-    platforms = platforms or jax.config.jax_platforms  # JAX_PLATFORMS
-    if platforms and "cpu" not in platforms:
-        platforms += ",cpu"  # where host-side environments are
-    jax.config.update("jax_platforms", platforms)
+            fail(f"{name.upper()} is set: scripts need jit, and have NaN where no episode ended")
+    cache = jax.config.jax_compilation_cache_dir or str(Path.home() / ".cache" / "ppo_jax")
+    jax.config.update("jax_compilation_cache_dir", cache)
+    platforms = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu", "auto": jax.config.jax_platforms}
+    first, *others = (platforms[args.platform] or "").split(",")
+    if first and "cpu" not in (first, *others):
+        others.append("cpu")  # where host-side environments are
+    jax.config.update("jax_platforms", ",".join([first, *others]) or None)
 
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    seeds = largest_divisor(args.num_seeds, cores)
-    idle = min(cores // seeds, args.minibatch_size // ROWS_PER_CORE)
-    shares = largest_divisor(math.gcd(args.num_envs, args.minibatch_size), idle)
+    shape = share_out(args, cores, ROWS_PER_CORE)
     if args.distributed:
         try:
             jax.distributed.initialize()
@@ -1611,21 +1608,30 @@ def configure(args: Args) -> Mesh:
             fail("--distributed is for processes that mpirun or srun starts: leave it out")
         check_shares(args)
     else:
-        jax.config.update("jax_num_cpu_devices", seeds * shares)
+        jax.config.update("jax_num_cpu_devices", math.prod(shape))
     try:
-        devices = np.array(jax.devices(None if args.platform == "auto" else args.platform))
+        devices = np.array(jax.devices(first or None))
     except RuntimeError:
-        package = {"gpu": "jax[cuda13]", "tpu": "jax[tpu]"}.get(args.platform, "its plugin")
-        fail(
-            f"--platform {args.platform} ({platforms}) finds no device: it needs one, and {package}"
-        )
+        package = {"cuda": "jax[cuda13]", "tpu": "jax[tpu]"}.get(first, "its plugin")
+        asked = f"--platform {args.platform} ({first})"
+        fail(f"{asked} finds no device: it needs one, and {package}")
 
     if args.distributed:
-        by_process = devices.reshape(jax.process_count(), -1)
-        return Mesh(by_process[:, :1], ("process", "seed"))
-    if devices[0].platform == "cpu":
-        return Mesh(devices.reshape(shares, seeds), ("process", "seed"))
-    return Mesh(devices[None, : largest_divisor(args.num_seeds, len(devices))], ("process", "seed"))
+        shape = (jax.process_count(), 1)
+        devices = devices.reshape(jax.process_count(), -1)[:, 0]
+    elif devices[0].platform != "cpu":
+        shape = share_out(args, len(devices), ROWS_PER_ACCELERATOR)
+    return Mesh(devices[: math.prod(shape)].reshape(shape), ("process", "seed"))
+
+
+def share_out(args: Args, devices: int, rows: int) -> tuple[int, int]:
+    """Returns over how many devices each seed's minibatches, and the seeds, are spread.
+
+    Devices that seeds leave idle share minibatches, as P processes do, from `rows` a device.
+    """
+    seeds = largest_divisor(args.num_seeds, devices)
+    idle = min(devices // seeds, args.minibatch_size // rows)
+    return largest_divisor(math.gcd(args.num_envs, args.minibatch_size), idle), seeds
 
 
 def check_shares(args: Args) -> None:
