@@ -2792,8 +2792,16 @@ def parse(command_line: list[str], default: Args) -> Args:
     return args
 
 
+def interrupt(number: int, frame: Any) -> NoReturn:
+    """Handles a signal while there is nothing to save: before training, and in evaluation."""
+    note(f"{signal.Signals(number).name}: nothing more is written")
+    leave(128 + number)
+
+
 def main() -> None:
     """Trains or evaluates, as the command line says."""
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     args = parse(sys.argv[1:], default=Args())
     try:
         validate(args)
@@ -2812,9 +2820,6 @@ def main() -> None:
         if args.distributed:
             leave(failure.code)  # the others wait for this process; mpirun and srun end them
         raise
-    except KeyboardInterrupt:
-        note("SIGINT: nothing more is written")
-        leave(128 + signal.SIGINT)
     finally:
         for child in multiprocessing.active_children():
             child.kill()

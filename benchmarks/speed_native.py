@@ -1,0 +1,107 @@
+"""Whole-run speed of ppo_continuous.py on Brax's hopper against PureJaxRL's, in turn.
+
+    python benchmarks/speed_native.py --purejaxrl CHECKOUT --peer-python ../peers/bin/python
+
+where CHECKOUT is github.com/luchris429/purejaxrl's folder purejaxrl, and that Python has what it
+needs (this one: Brax). Both with its ppo_continuous_action.py's settings: 2048 environments, 10
+steps, 4 epochs of 32 minibatches, networks of 256 x 256, normalisation of observations and rewards.
+Steps per second leave compilation out. Ours logs and saves as always; its printing is off. Also 16
+seeds of ours side by side against one, at --seed-envs environments each. Writes
+benchmarks/results/speed_native.json.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+ROOT = Path(__file__).parents[1]
+OWN = (
+    "--env-id brax/hopper --num-steps 10 --update-epochs 4 --no-anneal-lr --hidden-sizes 256 256"
+    ' --env-kwargs {"backend":"positional"} --log-interval 10'
+)
+PEER = """
+import json, sys, time, jax
+sys.path.insert(0, sys.argv[1])
+from ppo_continuous_action import make_train
+config = json.loads(sys.argv[2])
+train = jax.jit(make_train(config)).lower(jax.random.PRNGKey(30)).compile()
+start = time.perf_counter()
+jax.block_until_ready(train(jax.random.PRNGKey(30)))
+steps = config["NUM_UPDATES"] * config["NUM_STEPS"] * config["NUM_ENVS"]
+print("sps", steps / (time.perf_counter() - start))
+"""
+
+
+def ours(envs: int, seeds: int, iterations: int, minibatches: int) -> dict:
+    """Returns the content of result.json of a run of ours."""
+    flags = f"{OWN} --num-envs {envs} --num-seeds {seeds} --num-minibatches {minibatches}"
+    flags += f" --total-timesteps {envs * 10 * iterations}"
+    with tempfile.TemporaryDirectory() as folder:
+        run = [sys.executable, str(ROOT / "ppo_continuous.py"), *flags.split()]
+        subprocess.run([*run, "--run-dir", folder], check=True, capture_output=True)
+        return json.loads((Path(folder) / "result.json").read_text())
+
+
+def peer(python: str, checkout: Path, envs: int, iterations: int, minibatches: int) -> float:
+    """Returns PureJaxRL's steps per second."""
+    config = {
+        "LR": 3e-4,
+        "NUM_ENVS": envs,
+        "NUM_STEPS": 10,
+        "TOTAL_TIMESTEPS": envs * 10 * iterations,
+        "UPDATE_EPOCHS": 4,
+        "NUM_MINIBATCHES": minibatches,
+        "GAMMA": 0.99,
+        "GAE_LAMBDA": 0.95,
+        "CLIP_EPS": 0.2,
+        "ENT_COEF": 0.0,
+        "VF_COEF": 0.5,
+        "MAX_GRAD_NORM": 0.5,
+        "ACTIVATION": "tanh",
+        "ENV_NAME": "hopper",
+        "ANNEAL_LR": False,
+        "NORMALIZE_ENV": True,
+        "DEBUG": False,
+    }
+    run = [python, "-c", PEER, str(checkout), json.dumps(config)]
+    out = subprocess.run(run, check=True, capture_output=True, text=True).stdout
+    return float(out.split("sps")[-1])
+
+
+def main(
+    purejaxrl: Path,
+    peer_python: str = sys.executable,
+    repeats: int = 3,
+    iterations: int = 20,
+    seed_envs: int = 64,
+) -> None:
+    """Measures everything `repeats` times in turn, and writes medians' ratios."""
+    names = ("PureJaxRL", "ours", "ours, one seed", "ours, 16 seeds")
+    rows = {name: [] for name in names}
+    for _ in range(repeats):
+        rows["PureJaxRL"].append(peer(peer_python, purejaxrl, 2048, iterations, 32))
+        found = ours(2048, 1, iterations, 32)
+        rows["ours"].append(found["sps"])
+        rows["ours, one seed"].append(ours(seed_envs, 1, 10 * iterations, 4)["sps"])
+        rows["ours, 16 seeds"].append(ours(seed_envs, 16, iterations, 4)["sps"])
+    middle = {name: float(np.median(values)) for name, values in rows.items()}
+    content = {
+        "steps_per_second": rows,
+        "ours / PureJaxRL": middle["ours"] / middle["PureJaxRL"],
+        "16 seeds / one seed": middle["ours, 16 seeds"] / middle["ours, one seed"],
+        "versions": found["versions"],
+        "device": found["device"],
+        "settings": {"iterations": iterations, "seed_envs": seed_envs},
+    }
+    path = ROOT / "benchmarks/results/speed_native.json"
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    print(json.dumps(content, indent=2))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
