@@ -1682,7 +1682,7 @@ def checked(
         "the discounted return": transition.discounted_return,
         "the action": transition.action,
         **{name: x for name, x in learner._asdict().items() if name.endswith("stats")},
-        **{name: x for name, x in metrics.items() if "episodic" not in name},
+        **{name: x for name, x in sorted(metrics.items()) if "episodic" not in name},
         "a network's parameter": learner.params,
     }
 

@@ -1,0 +1,212 @@
+"""Which settings of ppo_continuous.py are best over continuous control as a whole, at 1M steps.
+
+    python benchmarks/defaults.py  # every configuration on every tuning task; goes on where it was
+    python benchmarks/defaults.py --configs m16 m8 --tasks Hopper-v4 --num-seeds 2
+    python benchmarks/defaults.py --check --num-seeds 10  # the default on all tasks, new ones too
+
+A configuration is flags, and replacements in the script's text for what is no flag (and does not
+become one, as it did not win). Its seeds run side by side in one process, in the run folder
+runs/defaults/<configuration>/<task>, where they resume. A score is the mean return of the last 100
+training episodes, normalised per task: 0 is an untrained policy's, 1 is the bar, the best published
+PPO's at 1M steps. Configurations are ranked by the interquartile mean over all tasks and seeds,
+with a 95 % bootstrap interval, seeds drawn anew within tasks (Agarwal et al. 2021, 2108.13264).
+Writes benchmarks/results/defaults.json; --check also plays the final policies, deterministically,
+100 episodes a seed, and writes benchmarks/results/defaults_check.json.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tyro
+from scipy.stats import trim_mean
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
+
+
+class Task(NamedTuple):
+    untrained: float  # mean return of the first policy: the configuration "untrained" measures it
+    bar: float  # Tianshou's 10 seeds at 1M, best point of the curve; Box2D, Pendulum: other sources
+
+
+TUNING = {
+    "LunarLanderContinuous-v3": Task(-254, 250),
+    "InvertedDoublePendulum-v4": Task(53, 9231),
+    "Pendulum-v1": Task(-1228, -160),
+    "Hopper-v4": Task(15, 2609),
+    "HalfCheetah-v4": Task(-354, 5784),
+    "BipedalWalker-v3": Task(-112, 290),
+}
+UNSEEN = (
+    "Pusher-v4",
+    "Reacher-v4",
+    "CheetahRun-v1",
+    "Walker2d-v4",
+    "Ant-v4",
+    "Swimmer-v4",
+    "InvertedPendulum-v4",
+    "Humanoid-v4",
+)
+
+
+class Config(NamedTuple):
+    flags: str
+    edits: tuple[tuple[str, str], ...] = ()  # (old, new) in the script's text
+
+
+CLEANRL = (
+    "--num-envs 1 --num-steps 2048 --num-minibatches 32 --no-recompute-advantages --norm-adv"
+    " --clip-vloss --vf-coef 0.5 --log-std-init 0"
+)
+TIANSHOU = (
+    "--num-envs 64 --num-steps 32 --num-minibatches 32 --recompute-advantages --no-norm-adv"
+    " --no-clip-vloss --vf-coef 0.25 --log-std-init -0.5"
+)
+M16 = f"{TIANSHOU} --num-minibatches 16"
+LAYERS = "    for i, size in enumerate(args.hidden_sizes):\n"
+LAST = 'f"{name}_{len(args.hidden_sizes)}"'
+ADAM = "optax.scale_by_adam(eps=1e-5)"
+WIDE = "sizes = (256, 256) if name == 'critic' else args.hidden_sizes"
+DENSE = 'name=f"{name}_{i}")(x)\n'
+NORM = DENSE + '        x = nn.LayerNorm(name=f"{name}_norm_{i}")(x)\n'
+CONFIGS = {
+    "untrained": Config(f"{TIANSHOU} --learning-rate 1e-12 --no-anneal-lr --update-epochs 1"),
+    "cleanrl": Config(CLEANRL),
+    "tianshou": Config(TIANSHOU),
+    "m16": Config(M16),
+    "m8": Config(f"{TIANSHOU} --num-minibatches 8"),
+    "m16, gamma 0.995": Config(f"{M16} --gamma 0.995"),
+    "m16, 16 x 128": Config(f"{M16} --num-envs 16 --num-steps 128"),
+    "m16, wide critic": Config(
+        M16,
+        (
+            (LAYERS, f"    {WIDE}\n    for i, size in enumerate(sizes):\n"),
+            (LAST, 'f"{name}_{len(sizes)}"'),
+        ),
+    ),
+    "m16, layer norm": Config(M16, ((DENSE, NORM),)),
+    "m16, b2 0.99": Config(M16, ((ADAM, "optax.scale_by_adam(b2=0.99, eps=1e-5)"),)),
+    "m16, norm-adv": Config(f"{M16} --norm-adv"),
+    "m16, SiLU": Config(f"{M16} --activation silu"),
+    "m16, 64 x 64": Config(f"{M16} --num-steps 64"),
+    "m16, std 1": Config(f"{M16} --log-std-init 0"),
+    "m16, lr 5e-4": Config(f"{M16} --learning-rate 5e-4"),
+}
+
+
+def script_of(name: str) -> Path:
+    """Returns the path of the script that a configuration runs: ours, or a changed copy.
+
+    Raises: ValueError where the text to be replaced is not there once.
+    """
+    original = ROOT / "ppo_continuous.py"
+    edits = CONFIGS[name].edits
+    if not edits:
+        return original
+    text = original.read_text()
+    for old, new in edits:
+        if text.count(old) != 1:
+            raise ValueError(f"{name}: {old!r} is in ppo_continuous.py {text.count(old)} times")
+        text = text.replace(old, new)
+    path = ROOT / "runs/defaults" / name / original.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def run(name: str, script: Path, flags: str, task: str, num_seeds: int, play: bool) -> dict:
+    """Returns the content of result.json of a task's run, which goes on where it was."""
+    folder = ROOT / "runs/defaults" / name / task
+    command = [sys.executable, str(script), "--run-dir", str(folder)]
+    settings = ["--env-id", task, "--num-seeds", str(num_seeds), "--log-interval", "20"]
+    subprocess.run([*command, *settings, *flags.split()], check=True, stderr=subprocess.DEVNULL)
+    if play:
+        subprocess.run([*command, "--mode", "eval"], check=True, stderr=subprocess.DEVNULL)
+    return json.loads((folder / "result.json").read_text())
+
+
+def normalised(returns: dict[str, list[float]]) -> np.ndarray:
+    """Returns scores [tasks, seeds] of the tuning tasks."""
+    rows = [(np.array(returns[task]) - low) / (bar - low) for task, (low, bar) in TUNING.items()]
+    return np.stack(rows)
+
+
+def iqm(scores: np.ndarray, draws: int = 2000) -> tuple[float, float, float]:
+    """Returns the interquartile mean of scores [tasks, seeds] and its 95 % bootstrap interval."""
+    random = np.random.default_rng(0)
+    seeds = scores.shape[1]
+    again = random.integers(seeds, size=(draws, *scores.shape))
+    drawn = np.take_along_axis(scores[None], again, axis=2)
+    means = trim_mean(drawn.reshape(draws, -1), 0.25, axis=1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(trim_mean(scores.ravel(), 0.25)), float(low), float(high)
+
+
+def report(found: dict) -> None:
+    """Prints a table of configurations that have all tuning tasks, the best first."""
+    whole = {name: x for name, x in found.items() if TUNING.keys() <= x["returns"].keys()}
+    ranked = sorted(whole, key=lambda name: -iqm(normalised(whole[name]["returns"]))[0])
+    for name in ranked:
+        scores = normalised(whole[name]["returns"])
+        middle, low, high = iqm(scores)
+        whole[name]["iqm"] = [middle, low, high]
+        tasks = " ".join(f"{x:.2f}" for x in scores.mean(axis=1))
+        print(f"{name:20s} IQM {middle:.3f} [{low:.3f}, {high:.3f}]  tasks: {tasks}")
+
+
+def sweep(num_seeds: int, configs: tuple[str, ...], tasks: tuple[str, ...]) -> None:
+    """Runs what is missing, and ranks the configurations."""
+    path = RESULTS / "defaults.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    for name in configs or CONFIGS:
+        script = script_of(name)
+        config = CONFIGS[name]
+        entry = found.setdefault(name, {"flags": config.flags, "edits": config.edits})
+        returns = entry.setdefault("returns", {})
+        for task in tasks or TUNING:
+            if task not in returns:
+                result = run(name, script, config.flags, task, num_seeds, play=False)
+                returns[task] = result["episodic_return"]
+                print(f"{name}, {task}: {np.round(returns[task], 1)}", flush=True)
+                path.write_text(json.dumps(found, indent=1) + "\n")
+    report(found)
+    path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def check_defaults(num_seeds: int, tasks: tuple[str, ...]) -> None:
+    """Runs the script's defaults on the tuning tasks and on tasks that the sweep never saw."""
+    path = RESULTS / "defaults_check.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    for task in tasks or (*TUNING, *UNSEEN):
+        if task not in found:
+            script = ROOT / "ppo_continuous.py"
+            result = run(f"check-{num_seeds}", script, "", task, num_seeds, play=True)
+            played = [row["mean"] for row in result["eval_return"]]
+            names = ("seeds", "timesteps", "episodic_return", "sps", "args", "versions", "device")
+            found[task] = {"eval_return": played} | {name: result[name] for name in names}
+            path.write_text(json.dumps(found, indent=1) + "\n")
+        trained = found[task]["episodic_return"]
+        played = found[task]["eval_return"]
+        means = [f"{np.mean(x):.1f} +- {np.std(x):.1f}" for x in (trained, played)]
+        print(f"{task}: training {means[0]}, played {means[1]}", flush=True)
+
+
+def main(
+    num_seeds: int = 4,
+    configs: tuple[str, ...] = (),
+    tasks: tuple[str, ...] = (),
+    check: bool = False,
+) -> None:
+    """Sweeps, or checks the defaults."""
+    if check:
+        check_defaults(num_seeds, tasks)
+    else:
+        sweep(num_seeds, configs, tasks)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
