@@ -23,14 +23,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).parents[1]
 SAVED = ROOT / "benchmarks/results/same_curves.json"
 FAST = (
-    "--num-envs 64 --num-steps 32 --recompute-advantages --no-norm-adv --no-clip-vloss"
-    " --vf-coef 0.25 --log-std-init -0.5"
+    "--num-envs 64 --num-steps 32 --num-minibatches 32 --recompute-advantages --no-norm-adv"
+    " --no-clip-vloss --vf-coef 0.25 --log-std-init -0.5"
 )
-ONE = "--num-envs 1 --num-steps 2048"
+CLEANRL = (
+    "--num-minibatches 32 --no-recompute-advantages --norm-adv --clip-vloss --vf-coef 0.5"
+    " --log-std-init 0"
+)
+ONE = f"--num-envs 1 --num-steps 2048 {CLEANRL}"
 CASES = {
     "one environment": f"ppo_continuous.py --env-id HalfCheetah-v4 --total-timesteps 40960 {ONE}",
     "fast": f"ppo_continuous.py --env-id Hopper-v4 --total-timesteps 40960 --num-seeds 2 {FAST}",
-    "gymnasium, KL penalty": "ppo_continuous.py --env-id gymnasium:Pendulum-v1"
+    "gymnasium, KL penalty": f"ppo_continuous.py --env-id gymnasium:Pendulum-v1 {CLEANRL}"
     " --num-envs 8 --num-steps 256 --total-timesteps 20480"
     " --objective kl-penalty --adaptive-lr --no-anneal-lr",
     "PPO-CMA": "ppo_cma.py --total-timesteps 40000",

@@ -24,11 +24,16 @@ import optax
 import tyro
 
 ROOT = Path(__file__).parents[1]
+CLEANRL = (  # Stable-Baselines3's defaults are much the same
+    "--num-envs 1 --num-steps 2048 --num-minibatches 32 --no-recompute-advantages --norm-adv"
+    " --clip-vloss --vf-coef 0.5 --log-std-init 0"
+)
+EIGHT = f"{CLEANRL} --num-envs 8 --num-steps 256"
 CASES = {
-    "1 x 2048": "--total-timesteps 40960",
-    "8 x 256": "--num-envs 8 --num-steps 256 --total-timesteps 81920",
-    "1 x 2048, 8 seeds": "--num-seeds 8 --total-timesteps 20480",
-    "8 x 256, 8 seeds": "--num-envs 8 --num-steps 256 --num-seeds 8 --total-timesteps 20480",
+    "1 x 2048": f"{CLEANRL} --total-timesteps 40960",
+    "8 x 256": f"{EIGHT} --total-timesteps 81920",
+    "1 x 2048, 8 seeds": f"{CLEANRL} --num-seeds 8 --total-timesteps 20480",
+    "8 x 256, 8 seeds": f"{EIGHT} --num-seeds 8 --total-timesteps 20480",
 }
 PEER = """
 import time

@@ -272,6 +272,11 @@ def small_args(ppo, **changes):
         "gamma": 0.9,
         "gae_lambda": 0.8,
         "learning_rate": 1e-2,
+        "recompute_advantages": False,
+        "norm_adv": True,
+        "clip_vloss": True,
+        "vf_coef": 0.5,
+        "log_std_init": 0.0,
     }
     return ppo.Args(**settings | changes)
 
