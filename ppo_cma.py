@@ -168,7 +168,7 @@ class Args:
     init_updates: int = 1999
     """gradient steps towards that policy before the first iteration"""
     hidden_sizes: tuple[int, ...] = (128, 128)
-    """widths of the hidden layers, actor and critic alike"""
+    """widths of the hidden layers"""
     dense_skips: bool = True
     """layers see the input and all layers before them, as in every released version"""
     leak: float = 0.1
@@ -249,6 +249,13 @@ def require_finite(args: Args, names: str) -> None:
             fail(f"{flag(name)} is {value}: give a finite number")
 
 
+def require_widths(args: Args, name: str) -> None:
+    """Stops with exit code 2 at layers without a unit."""
+    sizes = getattr(args, name)
+    if not all(size >= 1 for size in sizes):
+        fail(f"{flag(name)} {sizes}: give widths of 1 or more")
+
+
 def validate_run(args: Args) -> None:
     """Stops with exit code 2 at a setting of the run that cannot work in any script."""
     counts = "num_seeds total_timesteps checkpoint_interval log_interval eval_episodes eval_steps"
@@ -261,8 +268,7 @@ def validate_run(args: Args) -> None:
         str(args.folder).encode()
     except UnicodeEncodeError:
         fail(f"--run-dir {str(args.folder)!a} is no UTF-8: give another, or set a UTF-8 locale")
-    if not all(size >= 1 for size in args.hidden_sizes):
-        fail(f"--hidden-sizes {args.hidden_sizes}: give widths of 1 or more")
+    require_widths(args, "hidden_sizes")
     if args.num_iterations < 1:
         rollout_size = f"one rollout, --num-envs {args.num_envs} x --num-steps {args.num_steps}"
         fail(f"--total-timesteps {args.total_timesteps} is below {rollout_size}: raise it")

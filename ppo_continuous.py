@@ -31,6 +31,22 @@ Differs from the papers and from CleanRL's ppo_continuous_action.py:
    it, in one batch.
 4. Actions in [-1, 1] are mapped to the environment's bounds (--no-scale-actions only clips, as
    CleanRL does).
+
+The defaults are one setting for all of continuous control, from a sweep (benchmarks/defaults.py):
+
+    setting                              here          CleanRL     paper (-: it does not say)
+    environments x steps of a rollout    32 x 64       1 x 2048    1 x 2048
+    minibatches, epochs                  16, 10        32, 10      32, 10
+    advantages and targets               each epoch    once        once
+    advantages normalised                no            minibatch   -
+    value clipping                       no            yes         -
+    weight of the value loss             0.25          0.5         separate networks
+    critic                               256, 256      64, 64      64, 64
+    first standard deviation             0.61          1           -
+    step size                            annealed      annealed    constant
+
+CleanRL's settings: --num-envs 1 --num-steps 2048 --num-minibatches 32 --no-recompute-advantages
+--norm-adv --clip-vloss --vf-coef 0.5 --critic-sizes 64 64 --log-std-init 0 --no-scale-actions
 """
 
 import ast
@@ -121,9 +137,9 @@ class Args:
     vectorization: Literal["sync", "async"] = "sync"
     """Gymnasium's environments one after another, or each in a process of its own"""
     # Rollout
-    num_envs: int = 1
+    num_envs: int = 32
     """N, parallel environments per seed"""
-    num_steps: int = 2048
+    num_steps: int = 64
     """T, steps per environment and rollout"""
     gamma: float = 0.99
     """discount factor"""
@@ -146,7 +162,7 @@ class Args:
     """learning rate linearly to zero over the run"""
     adaptive_lr: bool = False
     """after each epoch, learning rate times or over 1.5 towards desired_kl"""
-    num_minibatches: int = 32
+    num_minibatches: int = 16
     """M, minibatches per epoch"""
     update_epochs: int = 10
     """E, passes over the rollout"""
@@ -156,17 +172,17 @@ class Args:
     """epsilon, the bound on |ratio - 1|"""
     anneal_clip: bool = False
     """clip range linearly to zero over the run"""
-    clip_vloss: bool = True
+    clip_vloss: bool = False
     """bound changes of the value by epsilon, too"""
-    norm_adv: bool = True
+    norm_adv: bool = False
     """normalise advantages in each minibatch"""
-    recompute_advantages: bool = False
+    recompute_advantages: bool = True
     """advantages and targets anew before each epoch, not once per rollout"""
     ent_coef: float = 0.0
     """weight of the entropy bonus"""
     anneal_ent: bool = False
     """weight of the entropy bonus linearly to zero over the run"""
-    vf_coef: float = 0.5
+    vf_coef: float = 0.25
     """weight of the value loss"""
     l2_coef: float = 0.0
     """weight of half the sum of the squared network weights"""
@@ -184,12 +200,14 @@ class Args:
     """weight of max(0, KL - 2 desired_kl) squared in the kl-penalty (Heess et al.)"""
     # Network
     hidden_sizes: tuple[int, ...] = (64, 64)
-    """widths of the hidden layers, actor and critic alike"""
+    """widths of the hidden layers"""
+    critic_sizes: tuple[int, ...] = (256, 256)
+    """widths of the critic's hidden layers"""
     activation: Literal["tanh", "relu", "elu", "silu"] = "tanh"
     """nonlinearity of the hidden layers"""
     ortho_init: bool = True
     """orthogonal weights, gains sqrt 2 hidden, 0.01 policy, 1 value (off: LeCun normal)"""
-    log_std_init: float = 0.0
+    log_std_init: float = -0.5
     """logarithm of the policy's first standard deviation"""
     state_dependent_std: bool = False
     """log standard deviation from a network of its own, not a free parameter"""
@@ -268,6 +286,13 @@ def require_finite(args: Args, names: str) -> None:
             fail(f"{flag(name)} is {value}: give a finite number")
 
 
+def require_widths(args: Args, name: str) -> None:
+    """Stops with exit code 2 at layers without a unit."""
+    sizes = getattr(args, name)
+    if not all(size >= 1 for size in sizes):
+        fail(f"{flag(name)} {sizes}: give widths of 1 or more")
+
+
 def validate_run(args: Args) -> None:
     """Stops with exit code 2 at a setting of the run that cannot work in any script."""
     counts = "num_seeds total_timesteps checkpoint_interval log_interval eval_episodes eval_steps"
@@ -280,8 +305,7 @@ def validate_run(args: Args) -> None:
         str(args.folder).encode()
     except UnicodeEncodeError:
         fail(f"--run-dir {str(args.folder)!a} is no UTF-8: give another, or set a UTF-8 locale")
-    if not all(size >= 1 for size in args.hidden_sizes):
-        fail(f"--hidden-sizes {args.hidden_sizes}: give widths of 1 or more")
+    require_widths(args, "hidden_sizes")
     if args.num_iterations < 1:
         rollout_size = f"one rollout, --num-envs {args.num_envs} x --num-steps {args.num_steps}"
         fail(f"--total-timesteps {args.total_timesteps} is below {rollout_size}: raise it")
@@ -302,6 +326,7 @@ def read_env_kwargs(args: Args) -> dict:
 def validate(args: Args) -> None:
     """Stops with exit code 2 at the first setting that cannot work, naming flag and remedy."""
     validate_run(args)
+    require_widths(args, "critic_sizes")
     require_positive(args, "clip_obs clip_reward learning_rate clip_coef max_grad_norm")
     require_positive(args, "desired_kl kl_coef")
     require_between(args, "num_minibatches update_epochs", 1, 2**31 - 1)
@@ -381,21 +406,24 @@ class LearnerState(NamedTuple):  # what a checkpoint holds
 
 
 # --- Networks ---
-def mlp(obs: Any, out_size: int, out_gain: float, name: str, args: Args) -> Array:
+def mlp(
+    obs: Any, sizes: tuple[int, ...], out_size: int, out_gain: float, name: str, args: Args
+) -> Array:
     """Returns what dense layers make of observations: [B, out_size].
 
     Args:
         obs: any pytree of [B, ...]; its leaves are flattened and laid side by side.
+        sizes: widths of the hidden layers.
         out_gain: gain of the last layer's orthogonal weights.
         name: of the layers, as parameters: name_0, name_1, ...
     """
     leaves = [leaf.reshape(len(leaf), -1) for leaf in jax.tree.leaves(obs)]
     x = jnp.concatenate(leaves, axis=-1)
     activation = getattr(nn, args.activation)
-    for i, size in enumerate(args.hidden_sizes):
+    for i, size in enumerate(sizes):
         x = nn.Dense(size, kernel_init=kernel_init(2**0.5, args), name=f"{name}_{i}")(x)
         x = activation(x)
-    last = f"{name}_{len(args.hidden_sizes)}"
+    last = f"{name}_{len(sizes)}"
     return nn.Dense(out_size, kernel_init=kernel_init(out_gain, args), name=last)(x)
 
 
@@ -416,10 +444,11 @@ class ActorCritic(nn.Module):
     def __call__(self, obs: Any) -> tuple["Gaussian", Array]:
         """Returns the policy, leaves [B, U], and values [B], for observations [B, ...]."""
         action_size = math.prod(self.action_space.shape)
-        mean = mlp(obs, action_size, 0.01, "mean", self.args)
-        value = mlp(obs, 1, 1.0, "critic", self.args)[:, 0]
+        sizes = self.args.hidden_sizes
+        mean = mlp(obs, sizes, action_size, 0.01, "mean", self.args)
+        value = mlp(obs, self.args.critic_sizes, 1, 1.0, "critic", self.args)[:, 0]
         if self.args.state_dependent_std:
-            log_std = mlp(obs, action_size, 0.01, "log_std", self.args)
+            log_std = mlp(obs, sizes, action_size, 0.01, "log_std", self.args)
         else:
             log_std = self.param("log_std", nn.initializers.zeros, (action_size,), jnp.float32)
         log_std = jnp.broadcast_to(log_std + self.args.log_std_init, mean.shape)

@@ -60,41 +60,43 @@ class Config(NamedTuple):
 
 CLEANRL = (
     "--num-envs 1 --num-steps 2048 --num-minibatches 32 --no-recompute-advantages --norm-adv"
-    " --clip-vloss --vf-coef 0.5 --log-std-init 0"
+    " --clip-vloss --vf-coef 0.5 --log-std-init 0 --critic-sizes 64 64"
 )
 TIANSHOU = (
     "--num-envs 64 --num-steps 32 --num-minibatches 32 --recompute-advantages --no-norm-adv"
-    " --no-clip-vloss --vf-coef 0.25 --log-std-init -0.5"
+    " --no-clip-vloss --vf-coef 0.25 --log-std-init -0.5 --critic-sizes 64 64"
 )
 M16 = f"{TIANSHOU} --num-minibatches 16"
-LAYERS = "    for i, size in enumerate(args.hidden_sizes):\n"
-LAST = 'f"{name}_{len(args.hidden_sizes)}"'
-ADAM = "optax.scale_by_adam(eps=1e-5)"
-WIDE = "sizes = (256, 256) if name == 'critic' else args.hidden_sizes"
+WIDE = f"{TIANSHOU} --num-envs 32 --num-steps 64 --critic-sizes 256 256"
+DEFAULT = f"{WIDE} --num-minibatches 16"
 DENSE = 'name=f"{name}_{i}")(x)\n'
 NORM = DENSE + '        x = nn.LayerNorm(name=f"{name}_norm_{i}")(x)\n'
+ADAM = "optax.scale_by_adam(eps=1e-5)"
 CONFIGS = {
     "untrained": Config(f"{TIANSHOU} --learning-rate 1e-12 --no-anneal-lr --update-epochs 1"),
     "cleanrl": Config(CLEANRL),
     "tianshou": Config(TIANSHOU),
     "m16": Config(M16),
     "m8": Config(f"{TIANSHOU} --num-minibatches 8"),
+    "m8, KL-adaptive": Config(f"{TIANSHOU} --num-minibatches 8 --adaptive-lr --no-anneal-lr"),
+    "tianshou, lambda 0.9": Config(f"{TIANSHOU} --gae-lambda 0.9"),
     "m16, gamma 0.995": Config(f"{M16} --gamma 0.995"),
     "m16, 16 x 128": Config(f"{M16} --num-envs 16 --num-steps 128"),
-    "m16, wide critic": Config(
-        M16,
-        (
-            (LAYERS, f"    {WIDE}\n    for i, size in enumerate(sizes):\n"),
-            (LAST, 'f"{name}_{len(sizes)}"'),
-        ),
-    ),
-    "m16, layer norm": Config(M16, ((DENSE, NORM),)),
-    "m16, b2 0.99": Config(M16, ((ADAM, "optax.scale_by_adam(b2=0.99, eps=1e-5)"),)),
-    "m16, norm-adv": Config(f"{M16} --norm-adv"),
-    "m16, SiLU": Config(f"{M16} --activation silu"),
-    "m16, 64 x 64": Config(f"{M16} --num-steps 64"),
-    "m16, std 1": Config(f"{M16} --log-std-init 0"),
-    "m16, lr 5e-4": Config(f"{M16} --learning-rate 5e-4"),
+    "default": Config(DEFAULT),
+    "default, m32": Config(WIDE),
+    "default, gamma 0.995": Config(f"{DEFAULT} --gamma 0.995"),
+    "default, SiLU": Config(f"{DEFAULT} --activation silu"),
+    "default, lr 5e-4": Config(f"{DEFAULT} --learning-rate 5e-4"),
+    "default, 64 x 32": Config(f"{DEFAULT} --num-envs 64 --num-steps 32"),
+    "default, norm-adv": Config(f"{DEFAULT} --norm-adv"),
+    "default, std 1": Config(f"{DEFAULT} --log-std-init 0"),
+    "default, narrow critic": Config(f"{DEFAULT} --critic-sizes 64 64"),
+    "default, advantages once": Config(f"{DEFAULT} --no-recompute-advantages"),
+    "default, clip-vloss": Config(f"{DEFAULT} --clip-vloss"),
+    "default, vf 0.5": Config(f"{DEFAULT} --vf-coef 0.5"),
+    "default, 1 x 2048": Config(f"{DEFAULT} --num-envs 1 --num-steps 2048"),
+    "default, layer norm": Config(DEFAULT, ((DENSE, NORM),)),
+    "default, b2 0.99": Config(DEFAULT, ((ADAM, "optax.scale_by_adam(b2=0.99, eps=1e-5)"),)),
 }
 
 

@@ -24,11 +24,11 @@ ROOT = Path(__file__).parents[1]
 SAVED = ROOT / "benchmarks/results/same_curves.json"
 FAST = (
     "--num-envs 64 --num-steps 32 --num-minibatches 32 --recompute-advantages --no-norm-adv"
-    " --no-clip-vloss --vf-coef 0.25 --log-std-init -0.5"
+    " --no-clip-vloss --vf-coef 0.25 --log-std-init -0.5 --critic-sizes 64 64"
 )
 CLEANRL = (
     "--num-minibatches 32 --no-recompute-advantages --norm-adv --clip-vloss --vf-coef 0.5"
-    " --log-std-init 0"
+    " --log-std-init 0 --critic-sizes 64 64"
 )
 ONE = f"--num-envs 1 --num-steps 2048 {CLEANRL}"
 CASES = {

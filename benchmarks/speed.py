@@ -26,7 +26,7 @@ import tyro
 ROOT = Path(__file__).parents[1]
 CLEANRL = (  # Stable-Baselines3's defaults are much the same
     "--num-envs 1 --num-steps 2048 --num-minibatches 32 --no-recompute-advantages --norm-adv"
-    " --clip-vloss --vf-coef 0.5 --log-std-init 0"
+    " --clip-vloss --vf-coef 0.5 --log-std-init 0 --critic-sizes 64 64"
 )
 EIGHT = f"{CLEANRL} --num-envs 8 --num-steps 256"
 CASES = {

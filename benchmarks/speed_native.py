@@ -22,7 +22,8 @@ import tyro
 ROOT = Path(__file__).parents[1]
 OWN = (
     "--env-id brax/hopper --num-steps 10 --update-epochs 4 --no-anneal-lr --hidden-sizes 256 256"
-    ' --env-kwargs {"backend":"positional"} --log-interval 10'
+    " --critic-sizes 256 256 --no-recompute-advantages --norm-adv --clip-vloss --vf-coef 0.5"
+    ' --log-std-init 0 --env-kwargs {"backend":"positional"} --log-interval 10'
 )
 PEER = """
 import json, sys, time, jax

@@ -264,6 +264,7 @@ def small_args(ppo, **changes):
         "num_minibatches": 4,
         "update_epochs": 2,
         "hidden_sizes": (5, 4),
+        "critic_sizes": (6, 3, 4),
         "total_timesteps": 10 * N * T,
         "clip_obs": 1.5,
         "clip_reward": 0.4,
@@ -311,7 +312,9 @@ def start(ppo, args):
 
 
 def layers(tree, name):
-    return [tuple(np.asarray(tree[f"{name}_{i}"][k]) for k in ("kernel", "bias")) for i in range(3)]
+    """Returns a network's layers, each as (kernel, bias)."""
+    names = [f"{name}_{i}" for i in range(len(tree)) if f"{name}_{i}" in tree]
+    return [tuple(np.asarray(tree[x][k]) for k in ("kernel", "bias")) for x in names]
 
 
 def orders(learner, args):

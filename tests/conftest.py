@@ -27,7 +27,7 @@ def words(line):
 SMALL = {
     "ppo_continuous": words(
         "--num-envs 1 --num-steps 64 --num-minibatches 2 --update-epochs 2"
-        " --hidden-sizes 8 8 --total-timesteps 128"
+        " --hidden-sizes 8 8 --critic-sizes 8 8 --total-timesteps 128"
     ),
     "ppo_cma": words(
         "--num-envs 1 --num-steps 64 --num-updates 3 --batch-size 16 --init-updates 9"

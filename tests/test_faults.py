@@ -487,7 +487,8 @@ BAD_FLAGS = [
 OWN_BAD_FLAGS = {
     "ppo_continuous": [
         "--num-minibatches 7",
-        "--num-minibatches 2048",
+        "--num-minibatches 2048 --norm-adv",
+        "--critic-sizes 8 0",
         "--vf-coef -1",
         "--max-grad-norm nan",
         "--target-kl 0",
