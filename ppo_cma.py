@@ -1248,18 +1248,30 @@ def open_brax(args: Args, name: str, settings: dict) -> Task:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that Brax is no longer developed
         env = envs.get_environment(name, **settings)
-    return brax_task(env, episode_length, lambda state: env.render([state.pipeline_state])[0])
+    camera = first_camera(env.sys.mj_model)
+
+    def render(state: Any) -> np.ndarray:
+        return env.render([state.pipeline_state], camera=camera)[0]
+
+    return brax_task(env, episode_length, render)
+
+
+def first_camera(model: Any) -> str | None:
+    """Returns the name of a MuJoCo model's first camera, None where it has none."""
+    return model.camera(0).name if model.ncam else None
 
 
 def open_playground(args: Args, name: str, settings: dict) -> Task:
     """Returns MuJoCo Playground's environment; `settings` changes its configuration."""
     registry = need(args, "mujoco_playground", "playground").registry
     require_known(args.env_id, [f"playground/{x}" for x in registry.ALL_ENVS])
-    env = registry.load(name, config_overrides=settings)
-    episode_length = settings.get(
-        "episode_length", registry.get_default_config(name).episode_length
-    )
-    return brax_task(env, episode_length, lambda state: env.render([state])[0])
+    config = registry.get_default_config(name)
+    if "impl" in config:
+        settings.setdefault("impl", "jax")  # Warp's state has no axis of environments
+    env = registry.load(name, config=config, config_overrides=settings)
+    episode_length = settings.get("episode_length", config.episode_length)
+    camera = first_camera(env.mj_model)
+    return brax_task(env, episode_length, lambda x: env.render([x], camera=camera)[0])
 
 
 def open_own(args: Args, name: str, settings: dict) -> Task:
@@ -1328,10 +1340,12 @@ def make_native(args: Args, env_seeds: list[int], render: bool) -> Environment:
     task = open_task(args)
     if render and task.render is None:
         raise ValueError("it has no method render(state)")
-    begin = jax.jit(partial(begin_tasks, task=task))
+    first = jax.jit(partial(begin_tasks, task=task))(np.array(env_seeds, np.uint32))
+    if any(x.shape[:1] != (len(env_seeds),) for x in jax.tree.leaves(first)):
+        raise ValueError("its state has leaves to which jax.vmap gives no axis of environments")
     return Environment(
         native=True,
-        first=begin(np.array(env_seeds, np.uint32)),
+        first=first,
         step=partial(step_tasks, task=task),
         observation_space=task.observation_space,
         action_space=task.action_space,
@@ -1891,12 +1905,12 @@ def iterate(last: Iteration, env: Environment, network: nn.Module, args: Args) -
 
     The runner's leaves are [S, N, ...], of the seeds and environments that are this device's.
     """
-    envs = last.runner.time_step.reward.shape[1]
+    seeds, envs = last.runner.time_step.reward.shape
     first = jax.lax.axis_index("process") * envs
-    runner = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), last.runner)
+    runner = jax.tree.map(lambda x: x.reshape(seeds * envs, *x.shape[2:]), last.runner)
     acting = last.learner._replace(opt_state=None)
     runner, transition = rollout(runner, acting, first, env, network, args)
-    runner = jax.tree.map(lambda x: x.reshape(-1, envs, *x.shape[1:]), runner)
+    runner = jax.tree.map(lambda x: x.reshape(seeds, envs, *x.shape[1:]), runner)
     learner, metrics, bad = learn(last.learner, transition, network, args)
     return Iteration(learner, runner, transition, metrics, bad)
 
@@ -2858,6 +2872,7 @@ def add_episodes(played: Played, transition: Transition, eval_steps: int) -> Pla
 
 def evaluate(args: Args, saved: SavedRun) -> None:
     """Runs a saved run's policies, says how they did, and writes it to result.json."""
+    os.environ.setdefault("MUJOCO_GL", "egl")  # before anything imports MuJoCo, for the film
     size = min(args.num_envs, args.eval_episodes)  # no more environments than training had
     playing = replace(args, num_envs=size, num_steps=100)
     run = make_run(playing, seeds_of_envs(playing, 1), new=False)
@@ -2890,7 +2905,6 @@ def film(args: Args, saved: SavedRun) -> None:
     MuJoCo is filmed by Gymnasium's own environment of that name. In a run folder that cannot be
     written, the films go to the current directory.
     """
-    os.environ.setdefault("MUJOCO_GL", "egl")
     env_id = args.env_id
     if "mujoco" in str(envpool.registration.registry.specs.get(env_id, "")):
         env_id = f"gymnasium:{env_id}"

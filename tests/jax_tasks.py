@@ -68,6 +68,18 @@ class Broken(Counter):
         return obs, state, jnp.where(bad, jnp.nan, reward), terminated, ended, info
 
 
+class Empty(Counter):
+    """A part of its state has no elements, as in MuJoCo's where nothing touches."""
+
+    def reset(self, key):
+        obs, state = super().reset(key)
+        return obs, (state, jnp.zeros((0, 3)))
+
+    def step(self, key, state, action):
+        obs, inner, *rest = super().step(key, state[0], action)
+        return (obs, (inner, state[1]), *rest)
+
+
 class Wide(Counter):
     """Steps return a wider observation than resets."""
 

@@ -163,6 +163,14 @@ def test_devices_share_environments_and_minibatches(tmp_path, script):
 
 
 @pytest.mark.costly
+def test_a_state_with_empty_parts_trains_and_resumes(run, tmp_path, script):
+    flags = ["--env-id", "jax:jax_tasks:Empty", "--run-dir", "a", "--num-envs", 2]
+    run(script, *flags, "--total-timesteps", 256)
+    run(script, *flags, "--total-timesteps", 512)
+    assert result(tmp_path / "a")["timesteps"] == 512
+
+
+@pytest.mark.costly
 def test_two_processes_compute_what_one_does(run, tmp_path, script):
     """The checkpoint of the first holds the environments of both."""
     flags = [*PENDULUM, "--total-timesteps", 64 * 4 * 3]
