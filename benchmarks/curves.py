@@ -38,6 +38,7 @@ def curve(folder: Path, points: int = 200) -> tuple[np.ndarray, np.ndarray]:
 def line_of(folder: Path) -> dict:
     """Returns a run folder's line, with what a reader needs to know of it."""
     result = json.loads((folder / "result.json").read_text())
+    del result["args"]["run_dir"]  # of this machine
     curves = [curve(seed) for seed in sorted(folder.glob("seed*")) or [folder]]
     line = {"name": f"{result['env_id']} {result['args']['exp_name']}"}
     for name in ("env_id", "args", "seeds", "episodic_return", "versions", "device"):

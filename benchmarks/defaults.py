@@ -189,6 +189,7 @@ def check_defaults(num_seeds: int, tasks: tuple[str, ...]) -> None:
             result = run(f"check-{num_seeds}", script, "", task, num_seeds, play=True)
             played = [row["mean"] for row in result["eval_return"]]
             names = ("seeds", "timesteps", "episodic_return", "sps", "args", "versions", "device")
+            del result["args"]["run_dir"]  # of this machine
             found[task] = {"eval_return": played} | {name: result[name] for name in names}
             path.write_text(json.dumps(found, indent=1) + "\n")
         trained = found[task]["episodic_return"]
