@@ -14,6 +14,7 @@ from runs import events_of, result, run_in_two_processes, scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 COUNTER = ["--env-id", "scripted:Counter-v0"]
+TOOLS = ("pytest", "ruff", "gymnax", "six")  # what tests need, and scripts only for some ids
 
 
 def saved(folder):
@@ -277,4 +278,4 @@ def test_script_metadata_is_requirements_txt(path):
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     wanted = {line.strip() for line in lines if line[:1].isalpha()}
     named = {part for part in header.split('"') if ">=" in part and part[0].isalpha()}
-    assert named == {x for x in wanted if not x.startswith(("pytest", "ruff"))}
+    assert named == {x for x in wanted if not x.startswith(TOOLS)}
