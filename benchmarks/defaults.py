@@ -124,7 +124,7 @@ def run(name: str, script: Path, flags: str, task: str, num_seeds: int, play: bo
     """Returns the content of result.json of a task's run, which goes on where it was."""
     folder = ROOT / "runs/defaults" / name / task
     command = [sys.executable, str(script), "--run-dir", str(folder)]
-    settings = ["--env-id", task, "--num-seeds", str(num_seeds), "--log-interval", "20"]
+    settings = ["--env-id", task, "--num-seeds", str(num_seeds)]
     subprocess.run([*command, *settings, *flags.split()], check=True, stderr=subprocess.DEVNULL)
     if play:
         subprocess.run([*command, "--mode", "eval"], check=True, stderr=subprocess.DEVNULL)
