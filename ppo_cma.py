@@ -2286,7 +2286,7 @@ def read_checkpoint(path: Path, like: LearnerState) -> Checkpoint:
     content = flax.serialization.msgpack_restore(checked_content(path))
     return Checkpoint(
         learner=flax.serialization.from_state_dict(like, content["learner"]),
-        runner=content["runner"],
+        runner=content.get("runner", {}),  # not in older files
         seconds=flax.serialization.from_state_dict(Seconds(), content["seconds"]),
     )
 

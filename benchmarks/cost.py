@@ -10,19 +10,15 @@ Compilation is left out. Writes cost.json and cost.png in benchmarks/results/.
 """
 
 import json
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 from typing import Literal
 
 import matplotlib
 import tyro
+from speed import ROOT, ours
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-ROOT = Path(__file__).parents[1]
 OUT = ROOT / "benchmarks/results/cost.json"
 TASKS = {"host": "Pendulum-v1", "device": "gymnax/Pendulum-v1"}
 ENVS = (1, 4, 16, 64, 256, 1024, 4096)
@@ -36,10 +32,7 @@ def measure(env_id: str, envs: int, seeds: int, iterations: int, platform: str) 
     flags = f"--env-id {env_id} --num-envs {envs} --num-seeds {seeds} --num-steps {STEPS}"
     flags += f" --num-minibatches {max(rollout // 256, 1)} --log-interval 10"
     flags += f" --total-timesteps {rollout * iterations} --platform {platform}"
-    with tempfile.TemporaryDirectory() as folder:
-        run = [sys.executable, str(ROOT / "ppo_continuous.py"), *flags.split()]
-        subprocess.run([*run, "--run-dir", folder], check=True, capture_output=True)
-        return json.loads((Path(folder) / "result.json").read_text())
+    return ours(flags)
 
 
 def point(env_id: str, envs: int, seeds: int, seconds: float, platform: str) -> dict:

@@ -13,13 +13,12 @@ benchmarks/results/speed_native.json.
 import json
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import tyro
+from speed import ROOT, ours
 
-ROOT = Path(__file__).parents[1]
 OWN = (
     "--env-id brax/hopper --num-steps 10 --update-epochs 4 --no-anneal-lr --hidden-sizes 256 256"
     " --critic-sizes 256 256 --no-recompute-advantages --norm-adv --clip-vloss --vf-coef 0.5"
@@ -38,14 +37,11 @@ print("sps", steps / (time.perf_counter() - start))
 """
 
 
-def ours(envs: int, seeds: int, iterations: int, minibatches: int) -> dict:
+def hopper(envs: int, seeds: int, iterations: int, minibatches: int) -> dict:
     """Returns the content of result.json of a run of ours."""
     flags = f"{OWN} --num-envs {envs} --num-seeds {seeds} --num-minibatches {minibatches}"
     flags += f" --total-timesteps {envs * 10 * iterations}"
-    with tempfile.TemporaryDirectory() as folder:
-        run = [sys.executable, str(ROOT / "ppo_continuous.py"), *flags.split()]
-        subprocess.run([*run, "--run-dir", folder], check=True, capture_output=True)
-        return json.loads((Path(folder) / "result.json").read_text())
+    return ours(flags)
 
 
 def peer(python: str, checkout: Path, envs: int, iterations: int, minibatches: int) -> float:
@@ -86,10 +82,10 @@ def main(
     rows = {name: [] for name in names}
     for _ in range(repeats):
         rows["PureJaxRL"].append(peer(peer_python, purejaxrl, 2048, iterations, 32))
-        found = ours(2048, 1, iterations, 32)
+        found = hopper(2048, 1, iterations, 32)
         rows["ours"].append(found["sps"])
-        rows["ours, one seed"].append(ours(seed_envs, 1, 10 * iterations, 4)["sps"])
-        rows["ours, 16 seeds"].append(ours(seed_envs, 16, iterations, 4)["sps"])
+        rows["ours, one seed"].append(hopper(seed_envs, 1, 10 * iterations, 4)["sps"])
+        rows["ours, 16 seeds"].append(hopper(seed_envs, 16, iterations, 4)["sps"])
     middle = {name: float(np.median(values)) for name, values in rows.items()}
     content = {
         "steps_per_second": rows,

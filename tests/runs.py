@@ -3,9 +3,10 @@
 import json
 import os
 import subprocess
+import sys
 import time
 
-from conftest import SMALL, command, environment
+from conftest import ROOT, SMALL, command, environment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
@@ -48,6 +49,21 @@ def start_long(tmp_path, script, *flags):
     )
     wait_for(tmp_path / "long/result.json", process)
     return process
+
+
+def run_on_cores(tmp_path, script, cores, *flags):
+    """Runs a script whose minibatches of 64 rows are worth as many cores as there are."""
+    code = (
+        f"import os, {script} as m; m.ROWS_PER_CORE = 32;"
+        f" os.sched_getaffinity = lambda _: range({cores}); m.main(); print(m.jax.devices())"
+    )
+    line = [sys.executable, "-c", code, *SMALL[script], *flags]
+    line += ["--batch-size", 256, "--action-repeat", 1] if script == "ppo_cma" else []
+    env = environment(PYTHONPATH=str(ROOT))
+    line = [str(word) for word in line]
+    done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("CpuDevice") == cores
 
 
 def run_in_two_processes(tmp_path, script, *flags):

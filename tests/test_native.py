@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, SMALL, command, environment
 from jax.sharding import Mesh
-from runs import result, run_in_two_processes, scalars, wait_for
+from runs import result, run_in_two_processes, run_on_cores, scalars, wait_for
 from test_environments import assert_next_step_resets, play
 
 PENDULUM = ["--env-id", "gymnax/Pendulum-v1", "--num-envs", 4]
@@ -142,19 +142,9 @@ def test_seeds_side_by_side_are_lone_runs(run, tmp_path, script):
 @pytest.mark.costly
 def test_devices_share_environments_and_minibatches(tmp_path, script):
     """Two devices for one seed compute what one does."""
-    code = (
-        f"import os, {script} as m; m.ROWS_PER_CORE = 32;"
-        " os.sched_getaffinity = lambda _: range({}); m.main(); print(m.jax.devices())"
-    )
     flags = [*PENDULUM, "--total-timesteps", 64 * 4 * 3]
-    flags += ["--batch-size", 256, "--action-repeat", 1] if script == "ppo_cma" else []
     for cores in (1, 2):
-        line = [sys.executable, "-c", code.format(cores), *SMALL[script], *flags]
-        line = [*map(str, line), "--run-dir", str(cores)]
-        env = environment(PYTHONPATH=str(ROOT))
-        done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("CpuDevice") == cores
+        run_on_cores(tmp_path, script, cores, *flags, "--run-dir", cores)
     assert_same_state(tmp_path / "1", tmp_path / "2", rtol=2e-3, atol=2e-4)
 
 

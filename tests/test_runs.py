@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT, SCRIPTS, SMALL, environment
-from runs import events_of, result, run_in_two_processes, scalars
+from runs import events_of, result, run_in_two_processes, run_on_cores, scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 COUNTER = ["--env-id", "scripted:Counter-v0"]
@@ -79,19 +79,9 @@ def test_two_processes_compute_what_one_does(run, tmp_path, script):
 
 def test_idle_cores_share_large_minibatches(tmp_path, script):
     """What cores compute that seeds leave idle is what a single core does."""
-    code = (
-        f"import os, {script} as m; m.ROWS_PER_CORE = 32;"
-        " os.sched_getaffinity = lambda _: range({}); m.main(); print(m.jax.devices())"
-    )
     flags = ["--env-id", "Pendulum-v1", "--num-envs", 4, "--total-timesteps", 768]
-    flags += ["--batch-size", 256, "--action-repeat", 1] if script == "ppo_cma" else []
     for cores in (1, 2):
-        line = [sys.executable, "-c", code.format(cores), *SMALL[script], *flags]
-        env = environment(PYTHONPATH=str(ROOT))
-        line = [*map(str, line), "--run-dir", str(cores)]
-        done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("CpuDevice") == cores
+        run_on_cores(tmp_path, script, cores, *flags, "--run-dir", cores)
     assert_close(tmp_path / "1", tmp_path / "2", rtol=2e-4, atol=2e-5)
 
 
