@@ -16,13 +16,16 @@ SPACE = Box(-1, 1, (U,), np.float32)
 
 def flags(rng, shape):
     """Returns random terminated, done and mask, as with next-step resets."""
-    terminated, done, mask = np.zeros(shape), np.zeros(shape), np.ones(shape)
+    terminated = np.zeros(shape)
+    done = np.zeros(shape)
+    mask = np.ones(shape)
     for n in range(shape[1]):
         for t in range(shape[0]):
             if t and done[t - 1, n]:
                 mask[t, n] = 0  # the reset step: never an end
             elif rng.random() < 0.3:
-                done[t, n], terminated[t, n] = 1, rng.random() < 0.5
+                done[t, n] = 1
+                terminated[t, n] = rng.random() < 0.5
     return terminated, done, mask
 
 
@@ -45,7 +48,8 @@ def rollout(rng, shape=(T, N)):
 def check_gae(ppo):
     rng = np.random.default_rng(0)
     for _ in range(3):
-        r, value = rollout(rng), rng.normal(0, 1, (T + 1, N))
+        r = rollout(rng)
+        value = rng.normal(0, 1, (T + 1, N))
         t = SimpleNamespace(**r)
         with jax.enable_x64(True):
             advantage, target = jax.jit(
@@ -80,7 +84,8 @@ def check_gae_by_hand(ppo):
 
 def check_stats(ppo):
     rng = np.random.default_rng(1)
-    x, mask = rng.normal(3, 2, (5, T, N, D)), (rng.random((5, T, N)) < 0.7).astype(float)
+    x = rng.normal(3, 2, (5, T, N, D))
+    mask = (rng.random((5, T, N)) < 0.7).astype(float)
     with jax.enable_x64(True):
         stats = ppo.RunningStats(np.zeros(D), np.ones(D), np.array(0.0))
         for one, m in zip(x, mask, strict=True):
@@ -116,7 +121,8 @@ def check_distribution(ppo):
     one = [[0.3], [-0.4], [1.1], [0.2]]
     density = np.vectorize(lambda x: reference.log_prob(one[0], one[1], [x]))
     other = np.vectorize(lambda x: reference.log_prob(one[2], one[3], [x]))
-    h, d = reference.entropy(one[1]), reference.kl(*one)
+    h = reference.entropy(one[1])
+    d = reference.kl(*one)
 
     def integral(f):
         return reference.expectation(0.3, -0.4, lambda x: f(np.clip(x, -20, 20)))
@@ -137,7 +143,9 @@ class Direct:
 
 
 def loss_case(rng, B=24):
-    mean, log_std, value = rng.normal(0, 1, (B, U)), rng.normal(0, 0.3, U), rng.normal(0, 1, B)
+    mean = rng.normal(0, 1, (B, U))
+    log_std = rng.normal(0, 0.3, U)
+    value = rng.normal(0, 1, B)
     batch = {
         "action": rng.normal(0, 1, (B, U)),
         "old_mean": mean + rng.normal(0, 0.3, (B, U)),
@@ -361,7 +369,8 @@ def check_update(ppo):
 
 def compare_update(new, metrics, nets, new_stats, seen):
     """The script's learner and metrics against the reference's."""
-    (actor, log_std, critic), p = nets, new.params["params"]
+    actor, log_std, critic = nets
+    p = new.params["params"]
     close = {"rtol": 1e-11, "atol": 1e-11}
     for mine, theirs in zip(layers(p, "mean") + layers(p, "critic"), actor + critic, strict=True):
         np.testing.assert_allclose(mine[0], theirs[0], **close)
@@ -378,7 +387,8 @@ def compare_update(new, metrics, nets, new_stats, seen):
 def compare_episodes(new, metrics, r):
     """What is counted of the episodes that ended, time first, as in the rollout."""
     ended = (r["done"] * r["mask"]) > 0
-    returns, lengths = r["episodic_return"][ended], r["episodic_length"][ended]
+    returns = r["episodic_return"][ended]
+    lengths = r["episodic_length"][ended]
     assert new.episodes == len(returns)
     np.testing.assert_allclose(new.returns[-len(returns) :], returns, **CLOSE)
     assert not new.returns[: -len(returns)].any()
@@ -427,7 +437,8 @@ def check_env_step(ppo):
         return (n, episode), new
 
     env = ppo.Environment(False, None, step, None, SPACE, None, [], None)
-    none, zero = jnp.zeros(1, bool), jnp.zeros(1)
+    none = jnp.zeros(1, bool)
+    zero = jnp.zeros(1)
     first = ppo.TimeStep(jnp.zeros((1, 1, 2)), zero, none, none)
     runner = ppo.RunnerState((0, 0), first, ppo.Episode(zero, zero, zero))
     network = ppo.ActorCritic(SPACE, args)

@@ -92,30 +92,40 @@ def loss(policy, value, batch, s):
     The gradient is in mean [B, U], log_std [U] and value [B]. policy: (mean [B, U], log_std [U])
     now; batch: a dict of arrays; s: a dict of settings.
     """
-    (mean, log_std), B = policy, len(value)
+    mean, log_std = policy
+    B = len(value)
     real = int(batch["mask"].sum())
     out = dict.fromkeys(
         ("policy_loss", "value_loss", "entropy", "approx_kl", "kl", "clipfrac"), 0.0
     )
-    d_mean, d_log_std, d_value = np.zeros_like(mean), np.zeros_like(log_std), np.zeros(B)
+    d_mean = np.zeros_like(mean)
+    d_log_std = np.zeros_like(log_std)
+    d_value = np.zeros(B)
     for i in range(B):
         if not batch["mask"][i]:
             continue
-        a, adv = batch["action"][i], batch["advantage"][i]
-        old_mean, old_log_std = batch["old_mean"][i], batch["old_log_std"][i]
+        a = batch["action"][i]
+        adv = batch["advantage"][i]
+        old_mean = batch["old_mean"][i]
+        old_log_std = batch["old_log_std"][i]
         log_ratio = log_prob(mean[i], log_std, a) - batch["log_prob"][i]
-        ratio, var = math.exp(log_ratio), np.exp(2 * log_std)
-        d_log_mean, d_log_log_std = (a - mean[i]) / var, (a - mean[i]) ** 2 / var - 1
+        ratio = math.exp(log_ratio)
+        var = np.exp(2 * log_std)
+        d_log_mean = (a - mean[i]) / var
+        d_log_log_std = (a - mean[i]) ** 2 / var - 1
         one_kl = kl(old_mean, old_log_std, mean[i], log_std)
         low, high = 1 - s["clip_coef"], 1 + s["clip_coef"]
         if s["objective"] == "none":
-            policy_loss, d_log = -ratio * adv, -ratio * adv
+            policy_loss = -ratio * adv
+            d_log = -ratio * adv
         elif s["objective"] == "clip":
             surrogate = min(ratio * adv, min(max(ratio, low), high) * adv)  # to be maximised
             active = ratio * adv <= min(max(ratio, low), high) * adv
-            policy_loss, d_log = -surrogate, -ratio * adv if active else 0.0
+            policy_loss = -surrogate
+            d_log = -ratio * adv if active else 0.0
         else:
-            policy_loss, d_log = -ratio * adv + s["kl_coef"] * one_kl, -ratio * adv
+            policy_loss = -ratio * adv + s["kl_coef"] * one_kl
+            d_log = -ratio * adv
             d_mean[i] += s["kl_coef"] * (mean[i] - old_mean) / var / real
             d_log_std += (
                 s["kl_coef"]
@@ -124,12 +134,15 @@ def loss(policy, value, batch, s):
             )
         d_mean[i] += d_log * d_log_mean / real
         d_log_std += d_log * d_log_log_std / real - s["ent_coef"] / real
-        error, old = value[i] - batch["target"][i], batch["value"][i]
-        value_loss, d = 0.5 * error**2, error
+        error = value[i] - batch["target"][i]
+        old = batch["value"][i]
+        value_loss = 0.5 * error**2
+        d = error
         if s["clip_vloss"]:
             clipped = old + min(max(value[i] - old, -s["clip_coef"]), s["clip_coef"])
             if (clipped - batch["target"][i]) ** 2 > error**2:
-                value_loss, d = 0.5 * (clipped - batch["target"][i]) ** 2, 0.0
+                value_loss = 0.5 * (clipped - batch["target"][i]) ** 2
+                d = 0.0
         d_value[i] = s["vf_coef"] * d / real
         out["policy_loss"] += policy_loss / real
         out["value_loss"] += value_loss / real
@@ -145,8 +158,11 @@ class Adam:
     """Kingma and Ba 2014, algorithm 1, behind a bound on the global gradient norm."""
 
     def __init__(self, params, max_norm, eps=1e-5):
-        self.m, self.v, self.t = [0 * p for p in params], [0 * p for p in params], 0
-        self.max_norm, self.eps = max_norm, eps
+        self.m = [0 * p for p in params]
+        self.v = [0 * p for p in params]
+        self.t = 0
+        self.max_norm = max_norm
+        self.eps = eps
 
     def step(self, params, grads, learning_rate):
         norm = math.sqrt(sum((g**2).sum() for g in grads))
@@ -156,7 +172,8 @@ class Adam:
         for i, (p, g) in enumerate(zip(params, grads, strict=True)):
             self.m[i] = 0.9 * self.m[i] + 0.1 * g
             self.v[i] = 0.999 * self.v[i] + 0.001 * g**2
-            m, v = self.m[i] / (1 - 0.9**self.t), self.v[i] / (1 - 0.999**self.t)
+            m = self.m[i] / (1 - 0.9**self.t)
+            v = self.v[i] / (1 - 0.999**self.t)
             new.append(p - learning_rate * m / (np.sqrt(v) + self.eps))
         return new
 
@@ -177,7 +194,8 @@ def update(nets, rollout, stats, orders, s):
     rollout: a dict, obs [T + 1, N, D], else [T, N, ...]; stats: a dict of obs and ret, each
     (mean, var, count); orders: [E, M, B] indices into [T*N]; s: a dict of settings.
     """
-    (actor, log_std, critic), (mean, var, _) = nets, stats["obs"]
+    actor, log_std, critic = nets
+    mean, var, _ = stats["obs"]
     obs = np.clip((rollout["obs"] - mean) / np.sqrt(var + 1e-8), -s["clip_obs"], s["clip_obs"])
     mask = rollout["mask"]
     new_stats = {
@@ -199,7 +217,8 @@ def update(nets, rollout, stats, orders, s):
         return advantage.ravel(), (advantage + value[:-1]).ravel()
 
     flat = obs[:-1].reshape(T * N, -1)
-    old_mean, action = mlp(actor, flat)[0], rollout["action"].reshape(T * N, -1)
+    old_mean = mlp(actor, flat)[0]
+    action = rollout["action"].reshape(T * N, -1)
     old_value = values(critic)[:-1].ravel()
     old_log_prob = np.array(
         [log_prob(m, log_std, a) for m, a in zip(old_mean, action, strict=True)]
@@ -207,7 +226,8 @@ def update(nets, rollout, stats, orders, s):
     old_log_std = np.tile(log_std, (T * N, 1))
     advantage, target = advantages(critic)
     params = [x for layer in actor + critic for x in layer] + [log_std]
-    adam, seen = Adam(params, s["max_grad_norm"]), []
+    adam = Adam(params, s["max_grad_norm"])
+    seen = []
     for epoch in orders:
         if s["recompute_advantages"]:
             advantage, target = advantages(critic)
@@ -297,16 +317,21 @@ def decisions(t, repeat):
     T, N = t["mask"].shape
     found = []
     for n in range(N):
-        mine, step = [], 0
+        mine = []
+        step = 0
         while step < T:
             length = t["episodic_length"][step, n]
             if not t["mask"][step, n] or (length - 1) % repeat:
                 step += 1
                 continue
-            first, reward, terminated, done = step, 0.0, 0.0, 0.0
+            first = step
+            reward = 0.0
+            terminated = 0.0
+            done = 0.0
             for _ in range(repeat):
                 reward += t["reward"][step, n]
-                terminated, done = t["terminated"][step, n], t["done"][step, n]
+                terminated = t["terminated"][step, n]
+                done = t["done"][step, n]
                 step += 1
                 if done or step == T:
                     break

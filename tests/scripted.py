@@ -20,7 +20,9 @@ class Counter(gymnasium.Env):
     """
 
     def __init__(self, length=7, end="truncated", space=None):
-        self.length, self.end, self.count = length, end, 0
+        self.length = length
+        self.end = end
+        self.count = 0
         self.observation_space = Box(-np.inf, np.inf, (2,))
         self.action_space = space or Box(-1, 1, (1,))
 
@@ -103,7 +105,8 @@ class Broken(Counter):
 
     def __init__(self, what="reward"):
         super().__init__()
-        self.what, self.steps = what, 0
+        self.what = what
+        self.steps = 0
 
     def step(self, action):
         obs, reward, *rest = super().step(action)
@@ -134,7 +137,9 @@ class Slow(Counter):
 
     def __init__(self, seconds=0.01, begin=0):
         super().__init__()
-        self.seconds, self.begin, self.steps = seconds, begin, 0
+        self.seconds = seconds
+        self.begin = begin
+        self.steps = 0
 
     def step(self, action):
         self.steps += 1

@@ -37,7 +37,8 @@ class Direct:
 def case(full, seed=0):
     """Returns parameters, their covariances [B, U, U], and the data of a minibatch."""
     rng = np.random.default_rng(seed)
-    mean, log_std = rng.normal(0, 1, (B, U)), rng.normal(0, 0.3, (B, U))
+    mean = rng.normal(0, 1, (B, U))
+    log_std = rng.normal(0, 0.3, (B, U))
     value = rng.normal(0, 1, B)
     skew = rng.normal(0, 0.5, (B, U, U)) if full else None
     data = {
@@ -87,7 +88,8 @@ def test_losses(cma, full):
     """Against loops in NumPy; gradients against central differences of those."""
     params, covs, d = case(full)
     mean, log_std, skew, value = params
-    action, advantage = d["action"], d["advantage"]
+    action = d["action"]
+    advantage = d["advantage"]
     covariance = "full" if full else "diagonal"
 
     def std_loss(log_std):
@@ -157,17 +159,23 @@ def scripted_steps(rng, T=41, N=3):
     """Returns a dict of [T, N]: steps of episodes of all lengths that end in both ways."""
     t = {k: np.zeros((T, N)) for k in ("reward", "terminated", "done", "mask", "episodic_length")}
     for n in range(N):
-        length, end, resetting = n, 7 + n, False  # the first episodes began before
+        length = n  # the first episodes began before
+        end = 7 + n
+        resetting = False
         for step in range(T):
             if resetting:
-                length, end, resetting = 0, rng.integers(2, 9), False
+                length = 0
+                end = rng.integers(2, 9)
+                resetting = False
                 continue
             length += 1
-            t["mask"][step, n], t["episodic_length"][step, n] = 1, length
+            t["mask"][step, n] = 1
+            t["episodic_length"][step, n] = length
             t["reward"][step, n] = rng.normal()
             if length == end:
                 resetting = True
-                t["done"][step, n], t["terminated"][step, n] = 1, rng.random() < 0.5
+                t["done"][step, n] = 1
+                t["terminated"][step, n] = rng.random() < 0.5
     return t
 
 
@@ -213,10 +221,13 @@ def test_decisions_and_their_advantages(cma, repeat):
 
 def test_scaler_is_the_mean_over_iterations_and_never_grows(cma):
     rng = np.random.default_rng(0)
-    scaler, squares, scale = cma.Scaler(np.zeros(2), np.ones(2), np.float64(0)), [], np.ones(2)
+    scaler = cma.Scaler(np.zeros(2), np.ones(2), np.float64(0))
+    squares = []
+    scale = np.ones(2)
     with jax.enable_x64(True):
         for size in (3.0, 0.1, 5.0):
-            x, mask = size * rng.normal(0, 1, (6, 4, 2)), (rng.random((6, 4)) < 0.7).astype(float)
+            x = size * rng.normal(0, 1, (6, 4, 2))
+            mask = (rng.random((6, 4)) < 0.7).astype(float)
             scaler = cma.update_scaler(x, scaler, mask)
             squares.append(np.square(x[mask > 0]).mean(axis=0))
             scale = np.minimum(scale, 1 / (2 * np.sqrt(np.mean(squares, axis=0)) + 0.001))
@@ -230,7 +241,8 @@ def bandit(cma, **settings):
     args = cma.Args(num_envs=30, num_steps=2, action_repeat=1, **small, **settings)
     network = cma.ActorCritic(Box(-2, 2, (U,), np.float32), args)
     learner = cma.init_learner(np.uint32(3), np.zeros(2, np.float32), network, args)
-    rng, shape = np.random.default_rng(1), (args.num_steps, args.num_envs)
+    rng = np.random.default_rng(1)
+    shape = (args.num_steps, args.num_envs)
     mask = (np.arange(60).reshape(shape) % 3 > 0).astype(np.float32)
     rollout = cma.Transition(
         obs=rng.normal(0, 1, (3, 30, 1, 2)).astype(np.float32),
@@ -311,7 +323,8 @@ def test_update_is_a_plain_loop(cma):
 
 def test_advantages_are_scaled_not_centred(cma):
     rng = np.random.default_rng(0)
-    x, mask = rng.normal(1, 2, (6, 4)), (rng.random((6, 4)) < 0.7).astype(float)
+    x = rng.normal(1, 2, (6, 4))
+    mask = (rng.random((6, 4)) < 0.7).astype(float)
     with jax.enable_x64(True):
         for algorithm, kept in (("ppo-cma-m", x), ("ppo-cma", np.maximum(x, 0))):
             scaled = kept / kept[mask > 0].std()
@@ -359,7 +372,8 @@ def test_std_grows_far_from_the_optimum_and_shrinks_around_it():
         run = optimize(quadratic, algorithm, 16, hidden_sizes=(64, 64))
         return np.sqrt(np.trace(run["covariance"], axis1=1, axis2=2) / 2)[1:]
 
-    cma_m, ppo = stds("ppo-cma-m"), stds("ppo")
+    cma_m = stds("ppo-cma-m")
+    ppo = stds("ppo")
     assert cma_m.max() > 1.3 * cma_m[0]
     assert cma_m[-1] < 0.5 * cma_m[0]
     assert ppo.max() < 1.05 * ppo[0]

@@ -49,7 +49,8 @@ def test_pendulum_truncates_and_resets_on_the_next_step(ppo, env_id, vectorizati
     np.testing.assert_array_equal(np.flatnonzero(t.mask[:, 0] == 0), [200, 401])
     assert not t.terminated.any()
     # every reward is the known function of observation and action: obs[t] is what action[t] met
-    obs, action = t.obs[:-1, :, 0], 2 * np.clip(t.action[..., 0], -1, 1)
+    obs = t.obs[:-1, :, 0]
+    action = 2 * np.clip(t.action[..., 0], -1, 1)
     angle = np.arctan2(obs[..., 1], obs[..., 0])
     cost = angle**2 + 0.1 * obs[..., 2] ** 2 + 0.001 * action**2
     real = t.mask > 0

@@ -282,7 +282,8 @@ def test_lost_and_cut_files_of_a_folder(run, trained, tmp_path, script):
 def test_kill_while_saving(tmp_path, run, script):
     """kill -9 at random moments of a run that saves all the time: it never goes back."""
     process = start_long(tmp_path, script, *COUNTER, "--checkpoint-interval", 1)
-    rng, last = np.random.default_rng(0), 0
+    rng = np.random.default_rng(0)
+    last = 0
     for _ in range(2):
         time.sleep(rng.uniform(0.2, 1.0))
         process.kill()
