@@ -107,7 +107,9 @@ class Args:
     log_interval: int = 1
     """iterations between writes to TensorBoard (histograms: every tenth write)"""
     mode: Literal["train", "eval"] = "train"
-    """eval: run the run folder's policy, deterministically"""
+    """eval: run the run folder's policy"""
+    deterministic: bool = True
+    """in eval mode, take the most likely actions, not samples"""
     eval_episodes: int = 100
     """evaluation episodes per seed"""
     eval_steps: int = 100_000
@@ -309,12 +311,13 @@ class Scaler(NamedTuple):  # of one leaf of the observations
 
 class Transition(NamedTuple):  # one step; a rollout stacks T of them: [T, N, ...]
     obs: Any  # raw; of a rollout [T + 1, N, K, ...]: obs[t + 1] is the true next observation
-    action: Array  # [T, N, U], as sampled, before the environment's bounds
+    action: Array  # as sampled, before the environment's bounds
     reward: Array  # raw
     terminated: Array  # 1: no value beyond this step
     done: Array  # 1: terminated or truncated
     mask: Array  # 0: the environment reset itself on this step, which is not experience
-    episodic_return: Array  # real and unclipped, so far: the whole episode's where done is 1
+    ended: Array  # 1: an episode is over, and its return is whole
+    episodic_return: Array  # real and unclipped, so far
     episodic_length: Array
     discounted_return: Array  # of raw rewards, so far: what scales rewards
 
@@ -457,6 +460,11 @@ class Gaussian(NamedTuple):  # leaves [..., U]
     skew: Array | None  # [..., U, U], strictly lower: the Cholesky factor is diag(std) (1 + skew)
 
 
+def draw_noise(key: Array, shape: tuple[int, ...], space: spaces.Box) -> Array:
+    """Returns what sample_action takes for actions of a space: float32 [*shape, U]."""
+    return jax.random.normal(key, (*shape, math.prod(space.shape)), jnp.float32)
+
+
 def sample_action(policy: Gaussian, noise: Array) -> Array:
     """Returns actions [..., U] from standard normal noise [..., U]; noise 0 gives the mean."""
     if policy.skew is not None:
@@ -503,6 +511,7 @@ def update_scaler(x: Array, scaler: Scaler, mask: Array) -> Scaler:
     Source: the authors' utils.py.
     """
     count = scaler.count + 1
+    x = x.astype(scaler.scale.dtype)
     change = masked_mean(jnp.square(x), mask) - scaler.mean_square
     mean_square = scaler.mean_square + change / count
     scale = 1 / (2 * jnp.sqrt(mean_square) + 0.001)
@@ -813,7 +822,7 @@ def count_episodes(
     learner: LearnerState, rollout: Transition
 ) -> tuple[LearnerState, dict[str, Array]]:
     """Returns the learner with the episodes that ended in a rollout counted, and metrics."""
-    ended = rollout.done * rollout.mask  # [T, N]
+    ended = rollout.ended  # [T, N]
     any_ended = jnp.any(ended)
     mean_return = masked_mean(rollout.episodic_return, ended)
     mean_length = masked_mean(rollout.episodic_length, ended)
@@ -905,6 +914,16 @@ class TimeStep(NamedTuple):  # what S*N environments return, leaves [S*N, ...]
     reward: Array
     terminated: Array  # bool
     truncated: Array  # bool; never both
+
+
+def make_time_step(obs: Any, reward: Array, terminated: Array, truncated: Array) -> TimeStep:
+    """Returns what an environment shows; an end that is both counts as terminated."""
+    return TimeStep(
+        obs=obs,
+        reward=reward.astype("float32"),
+        terminated=terminated,
+        truncated=truncated & ~terminated,
+    )
 
 
 class Environment(NamedTuple):  # S*N environments behind one function
@@ -1021,12 +1040,8 @@ def make_envpool(args: Args, env_seeds: list[int], render: bool) -> Environment:
     def receive(handle: Array) -> tuple[Array, TimeStep]:
         handle, (obs, reward, terminated, truncated, _) = recv(handle)
         obs = jax.tree.map(lambda x: x[:, None], obs)  # K = 1
-        return handle, TimeStep(
-            obs=encode_obs(obs, pool.observation_space),
-            reward=reward.astype(jnp.float32),
-            terminated=terminated,
-            truncated=truncated & ~terminated,
-        )
+        obs = encode_obs(obs, pool.observation_space)
+        return handle, make_time_step(obs, reward, terminated, truncated)
 
     def step(handle: Array, action: Array) -> tuple[Array, TimeStep]:
         return receive(send(handle, action.astype(action_dtype), ids))
@@ -1124,11 +1139,8 @@ def make_gymnasium(args: Args, env_seeds: list[int], render: bool) -> Environmen
         truncated = truncated | (terminated & nonterminal)
         terminated = terminated & ~nonterminal
         with np.errstate(over="ignore"):  # infinite then, which stops the run
-            obs = jax.tree.map(np.float32, obs)
-            reward = np.float32(reward)
-        return TimeStep(
-            obs=obs, reward=reward, terminated=terminated, truncated=truncated & ~terminated
-        )
+            obs = jax.tree.map(as_number, obs)
+            return make_time_step(obs, np.asarray(reward), terminated, truncated)
 
     def host_step(action: Array) -> TimeStep:
         if failures:
@@ -1374,12 +1386,8 @@ def native_time_step(
     obs: Any, reward: Array, terminated: Array, truncated: Array, task: Task
 ) -> TimeStep:
     """Returns what JAX-native environments show, observations as a single copy."""
-    return TimeStep(
-        obs=jax.tree.map(lambda x: x[:, None], encode_obs(obs, task.observation_space)),
-        reward=reward.astype(jnp.float32),
-        terminated=terminated,
-        truncated=truncated & ~terminated,
-    )
+    obs = jax.tree.map(lambda x: x[:, None], encode_obs(obs, task.observation_space))
+    return make_time_step(obs, reward, terminated, truncated)
 
 
 def step_tasks(env_state: NativeState, action: Array, task: Task) -> tuple[NativeState, TimeStep]:
@@ -1413,8 +1421,17 @@ def step_tasks(env_state: NativeState, action: Array, task: Task) -> tuple[Nativ
     return NativeState(key=keys, task=state, over=terminated | truncated), new
 
 
+def as_number(x: Any) -> np.ndarray | Array:
+    """Returns an array as float32, or as it is where it is of bytes."""
+    if not hasattr(x, "dtype"):
+        x = np.asarray(x)
+    return x if x.dtype == np.uint8 else x.astype(np.float32)
+
+
 def encode_obs(obs: Any, space: spaces.Space | dict) -> Any:
-    """Returns observations as networks take them: float32, numbers of choices as one-hot vectors.
+    """Returns observations as networks take them: numbers of choices as one-hot vectors.
+
+    Everything is float32, but for bytes, which cost a quarter of that.
 
     Args:
         obs: of `space`, with any leading axes.
@@ -1434,7 +1451,7 @@ def encode_obs(obs: Any, space: spaces.Space | dict) -> Any:
         columns = [one_hot(flat[..., i] - a, int(n)) for i, (n, a) in enumerate(choices)]
         return jnp.concatenate(columns, axis=-1)
     if isinstance(space, spaces.Box | spaces.MultiBinary):
-        return jnp.asarray(obs, jnp.float32)
+        return jnp.asarray(as_number(obs))
     raise ValueError(f"observations of space {space} are nothing that a network can take")
 
 
@@ -1455,7 +1472,7 @@ def empty_obs(space: spaces.Space | dict) -> Any:
         return tuple(empty_obs(part) for part in space)
     if space.shape is None:
         raise ValueError(f"observations of space {space} are nothing that a network can take")
-    return np.zeros(space.shape, np.float32)
+    return as_number(np.zeros(space.shape, space.dtype))
 
 
 def action_bounds(space: spaces.Box) -> tuple[np.ndarray, np.ndarray]:
@@ -1493,6 +1510,21 @@ class RunnerState(NamedTuple):  # the carry of the rollout
     episode: Episode
 
 
+def episode_over(time_step: TimeStep) -> Array:
+    """Returns 1 where an episode has ended, [S*N]."""
+    return (time_step.terminated | time_step.truncated).astype(jnp.float32)
+
+
+def go_on(episode: Episode, last: TimeStep, new: TimeStep, gamma: Array) -> Episode:
+    """Returns episodes after a step from `last` to `new`; where that was a reset, they begin."""
+    goes_on = 1 - episode_over(last)
+    return Episode(
+        total=(episode.total + new.reward) * goes_on,
+        length=(episode.length + 1) * goes_on,
+        discounted=(gamma * episode.discounted + new.reward) * goes_on,
+    )
+
+
 def env_step(
     runner: RunnerState,
     noise: Array,
@@ -1504,26 +1536,23 @@ def env_step(
     """Returns the runner and the transition, leaves [S*N, ...], after one step.
 
     Args:
-        noise: standard normal, [S, N, U].
+        noise: for sample_action, [S, N, ...].
         learner: leaves [S, ...].
     """
-    seeds, envs, action_size = noise.shape
+    seeds, envs = noise.shape[:2]
     last = runner.time_step
     obs = jax.tree.map(lambda x: x[:, 0].reshape(seeds, envs, *x.shape[2:]), last.obs)
     normalize_leaf = jax.vmap(partial(normalize, bound=args.clip_obs))
     obs = jax.tree.map(normalize_leaf, obs, learner.obs_stats)
     policy, _ = jax.vmap(network.apply)(learner.params, obs)
-    action = sample_action(policy, noise).reshape(seeds * envs, action_size)
+    action = sample_action(policy, noise)
+    action = action.reshape(seeds * envs, *action.shape[2:])
     env_state, new = env.step(runner.env_state, env_action(action, env.action_space, args))
 
     # After an episode's end the environment has only reset itself
     mask = 1 - (last.terminated | last.truncated).astype(jnp.float32)
     gamma = jnp.repeat(learner.schedule.gamma, envs)
-    episode = Episode(
-        total=(runner.episode.total + new.reward) * mask,
-        length=(runner.episode.length + 1) * mask,
-        discounted=(gamma * runner.episode.discounted + new.reward) * mask,
-    )
+    episode = go_on(runner.episode, last, new, gamma)
     transition = Transition(
         obs=last.obs,
         action=action,
@@ -1531,6 +1560,7 @@ def env_step(
         terminated=new.terminated.astype(jnp.float32),
         done=(new.terminated | new.truncated).astype(jnp.float32),
         mask=mask,
+        ended=episode_over(new) * mask,
         episodic_return=episode.total,
         episodic_length=episode.length,
         discounted_return=episode.discounted,
@@ -1554,10 +1584,9 @@ def rollout(
         first_env: of a seed's num_envs environments, which one the runner's begin with.
     """
     envs = len(runner.time_step.reward) // len(learner.iteration)
-    shape = (args.num_steps, args.num_envs, math.prod(env.action_space.shape))
 
     def draw(key: Array) -> Array:  # the same for an environment, however many share them out
-        noise = jax.random.normal(key, shape, jnp.float32)
+        noise = draw_noise(key, (args.num_steps, args.num_envs), env.action_space)
         return jax.lax.dynamic_slice_in_dim(noise, first_env, envs, axis=1)
 
     def by_seed(x: Array) -> Array:  # [T, S*N, ...] to [S, T, N, ...]
@@ -1566,8 +1595,8 @@ def rollout(
 
     # Even numbers are folded in for rollouts, odd ones for updates
     keys = jax.vmap(jax.random.fold_in)(learner.key, 2 * learner.iteration)
-    noise = jax.vmap(draw, out_axes=1)(keys)  # [T, S, N, U]
-    if args.mode == "eval":
+    noise = jax.vmap(draw, out_axes=1)(keys)  # [T, S, N, ...]
+    if args.mode == "eval" and args.deterministic:
         noise = 0 * noise
     step = partial(env_step, learner=learner, env=env, network=network, args=args)
     runner, transition = jax.lax.scan(step, runner, noise)
@@ -1700,7 +1729,8 @@ def init_learner(seed: Array, obs: Any, network: nn.Module, args: Args) -> Learn
     )
 
     def no_scaler(x: Array) -> Scaler:
-        return Scaler(mean_square=jnp.zeros_like(x), scale=jnp.ones_like(x), count=jnp.float32(0))
+        scale = jnp.ones(x.shape, jnp.result_type(x, jnp.float32))  # float32 of bytes
+        return Scaler(mean_square=jnp.zeros_like(scale), scale=scale, count=jnp.float32(0))
 
     return LearnerState(
         params={"params": params},
@@ -2152,6 +2182,7 @@ FREE = {
     "checkpoint_interval",
     "log_interval",
     "mode",
+    "deterministic",
     "eval_episodes",
     "eval_steps",
     "video",
@@ -2473,7 +2504,8 @@ def log(files: list[EventFile], iteration: int, last: Iteration, speed: float, a
             for name in ("obs", "action", "reward"):
                 leaves = jax.tree.leaves(getattr(last.transition, name))
                 values = np.concatenate([np.ravel(np.asarray(leaf)[seed]) for leaf in leaves])
-                file.add_summary(step, histogram_pb(f"rollout/{name}", values))
+                some = values[:: len(values) // 100_000 + 1]  # of images there are millions
+                file.add_summary(step, histogram_pb(f"rollout/{name}", some))
         file.flush()
 
 
@@ -2769,7 +2801,7 @@ class Policy:
 
         Args:
             obs: as the environment gives it: an array, or dicts and tuples of arrays.
-            deterministic: the policy's mean; otherwise a sample.
+            deterministic: the most likely action; otherwise a sample.
         """
         encoded = encode_obs(obs, self.observation_space)
         one = encode_obs(empty_obs(self.observation_space), self.observation_space)
@@ -2777,9 +2809,11 @@ class Policy:
         if single:
             encoded = jax.tree.map(lambda x: x[None], encoded)
         batch = len(jax.tree.leaves(encoded)[0])
-        shape = (batch, math.prod(self.action_space.shape))
-        noise = np.zeros(shape) if deterministic else self.random.standard_normal(shape)
-        action = self.compiled(self.learner, encoded, jnp.asarray(noise, jnp.float32))
+        key = jax.random.PRNGKey(self.random.integers(2**31))
+        noise = draw_noise(key, (batch,), self.action_space)
+        if deterministic:
+            noise = 0 * noise
+        action = self.compiled(self.learner, encoded, noise)
         action = as_space_dtype(np.asarray(action), self.action_space)
         return action[0] if single else action
 
@@ -2822,7 +2856,7 @@ class Played(NamedTuple):  # evaluation episodes
 
 
 def play(run: Run, learner: LearnerState, episodes: int) -> Played:
-    """Returns the returns of `episodes` deterministic episodes for each seed.
+    """Returns the returns of `episodes` episodes for each seed.
 
     Every environment plays its share, so that short episodes weigh no more than long ones.
     Stops with exit code 1 where an environment fails, or returns what is not finite.
@@ -2857,8 +2891,7 @@ def add_episodes(played: Played, transition: Transition, eval_steps: int) -> Pla
     returns = [list(x) for x in played.returns]
     left = played.left.copy()
     endless = played.endless
-    ended = transition.done * transition.mask
-    for seed, step, env in np.argwhere(ended > 0):
+    for seed, step, env in np.argwhere(transition.ended > 0):
         if left[seed, env] > 0:
             left[seed, env] -= 1
             returns[seed].append(float(transition.episodic_return[seed, step, env]))
@@ -2868,6 +2901,13 @@ def add_episodes(played: Played, transition: Transition, eval_steps: int) -> Pla
             returns[seed].append(float(transition.episodic_return[seed, -1, env]))
             endless += 1
     return Played(returns=returns, left=left, endless=endless)
+
+
+def judgement(mean: float, env: Environment, args: Args) -> str:
+    """Returns what a mean return is worth, to be printed behind it; empty if nobody knows."""
+    if env.threshold is None:
+        return ""
+    return f"; solved from {env.threshold:g}: {mean >= env.threshold}"
 
 
 def evaluate(args: Args, saved: SavedRun) -> None:
@@ -2882,9 +2922,7 @@ def evaluate(args: Args, saved: SavedRun) -> None:
         row = {"mean": float(np.mean(found)), "std": float(np.std(found)), "episodes": len(found)}
         line = f"seed {seed}: return {row['mean']:.2f} +- {row['std']:.2f}"
         line += f" over {len(found)} episodes, {min(found):.2f} to {max(found):.2f}"
-        if run.env.threshold is not None:
-            solved = row["mean"] >= run.env.threshold
-            line += f"; solved from {run.env.threshold:g}: {solved}"
+        line += judgement(row["mean"], run.env, args)
         rows.append(row)
         print(line, flush=True)
     if played.endless:
@@ -2918,7 +2956,7 @@ def film(args: Args, saved: SavedRun) -> None:
         while not ended and len(frames) < args.eval_steps:
             frames.append(run.env.render(runner.env_state))
             runner, transition = run.act(runner, learner)
-            ended = bool(transition.done.any()) or bool(run.env.failures)
+            ended = bool(transition.ended.any()) or bool(run.env.failures)
         folder = args.folder if os.access(args.folder, os.W_OK) else Path.cwd()
         path = folder / "videos" / args.env_id.replace("/", "_").replace(":", "_")
         path.parent.mkdir(exist_ok=True)
@@ -3052,11 +3090,13 @@ class Agent:
         """Returns what was memorized as steps of one environment, and the last observation."""
         rows = []
         last = self.obs
-        length, total = 0, 0.0
+        length = 0
+        total = 0.0
         for obs, action, reward, next_obs, terminated, truncated in self.memory:
             if rows and rows[-1].done:
                 rows.append(self.no_experience(last))  # the true last observation
-                length, total = 0, 0.0
+                length = 0
+                total = 0.0
             length += 1
             total += reward
             last = next_obs
@@ -3067,6 +3107,7 @@ class Agent:
                 terminated=terminated,
                 done=terminated or truncated,
                 mask=1.0,
+                ended=terminated or truncated,
                 episodic_return=total,
                 episodic_length=length,
                 discounted_return=0.0,

@@ -123,7 +123,9 @@ class Args:
     log_interval: int = 1
     """iterations between writes to TensorBoard (histograms: every tenth write)"""
     mode: Literal["train", "eval"] = "train"
-    """eval: run the run folder's policy, deterministically"""
+    """eval: run the run folder's policy"""
+    deterministic: bool = True
+    """in eval mode, take the most likely actions, not samples"""
     eval_episodes: int = 100
     """evaluation episodes per seed"""
     eval_steps: int = 100_000
@@ -176,6 +178,8 @@ class Args:
     """bound changes of the value by epsilon, too"""
     norm_adv: bool = False
     """normalise advantages in each minibatch"""
+    norm_adv_once: bool = False
+    """normalise advantages over each environment's part of a rollout (ppo1)"""
     recompute_advantages: bool = True
     """advantages and targets anew before each epoch, not once per rollout"""
     ent_coef: float = 0.0
@@ -362,12 +366,13 @@ class RunningStats(NamedTuple):  # of one leaf of the observations, or of the di
 
 class Transition(NamedTuple):  # one step; a rollout stacks T of them: [T, N, ...]
     obs: Any  # raw; of a rollout [T + 1, N, K, ...]: obs[t + 1] is the true next observation
-    action: Array  # [T, N, U], as sampled, before the environment's bounds
+    action: Array  # as sampled, before the environment's bounds
     reward: Array  # raw
     terminated: Array  # 1: no value beyond this step
     done: Array  # 1: terminated or truncated
     mask: Array  # 0: the environment reset itself on this step, which is not experience
-    episodic_return: Array  # real and unclipped, so far: the whole episode's where done is 1
+    ended: Array  # 1: an episode is over, and its return is whole
+    episodic_return: Array  # real and unclipped, so far
     episodic_length: Array
     discounted_return: Array  # of raw rewards, so far: what scales rewards
 
@@ -407,7 +412,13 @@ class LearnerState(NamedTuple):  # what a checkpoint holds
 
 # --- Networks ---
 def mlp(
-    obs: Any, sizes: tuple[int, ...], out_size: int, out_gain: float, name: str, args: Args
+    obs: Any,
+    sizes: tuple[int, ...],
+    out_size: int,
+    out_gain: float,
+    name: str,
+    args: Args,
+    dtype: Any = None,
 ) -> Array:
     """Returns what dense layers make of observations: [B, out_size].
 
@@ -416,13 +427,14 @@ def mlp(
         sizes: widths of the hidden layers.
         out_gain: gain of the last layer's orthogonal weights.
         name: of the layers, as parameters: name_0, name_1, ...
+        dtype: that hidden layers compute in; by default that of observations and parameters.
     """
     leaves = [leaf.reshape(len(leaf), -1) for leaf in jax.tree.leaves(obs)]
     x = jnp.concatenate(leaves, axis=-1)
     activation = getattr(nn, args.activation)
     for i, size in enumerate(sizes):
-        x = nn.Dense(size, kernel_init=kernel_init(2**0.5, args), name=f"{name}_{i}")(x)
-        x = activation(x)
+        init = kernel_init(2**0.5, args)
+        x = activation(nn.Dense(size, dtype=dtype, kernel_init=init, name=f"{name}_{i}")(x))
     last = f"{name}_{len(sizes)}"
     return nn.Dense(out_size, kernel_init=kernel_init(out_gain, args), name=last)(x)
 
@@ -464,6 +476,11 @@ class Gaussian(NamedTuple):  # diagonal, leaves [..., U]
     log_std: Array
 
 
+def draw_noise(key: Array, shape: tuple[int, ...], space: spaces.Box) -> Array:
+    """Returns what sample_action takes for actions of a space: float32 [*shape, U]."""
+    return jax.random.normal(key, (*shape, math.prod(space.shape)), jnp.float32)
+
+
 def sample_action(policy: Gaussian, noise: Array) -> Array:
     """Returns actions [..., U] from standard normal noise [..., U]; noise 0 gives the mean."""
     return policy.mean + jnp.exp(policy.log_std) * noise
@@ -485,6 +502,11 @@ def kl(old: Gaussian, new: Gaussian) -> Array:
     shift = (old.mean - new.mean) * jnp.exp(-new.log_std)
     log_ratio = old.log_std - new.log_std
     return jnp.sum(0.5 * (jnp.exp(2 * log_ratio) + jnp.square(shift) - 1) - log_ratio, axis=-1)
+
+
+def spread(policy: Gaussian) -> dict[str, Array]:
+    """Returns metrics, scalars, of how undecided a policy is."""
+    return {"policy/std": jnp.mean(jnp.exp(policy.log_std))}
 
 
 # --- Statistics ---
@@ -520,6 +542,13 @@ def update_stats(x: Array, stats: RunningStats, mask: Array) -> RunningStats:
 def normalize(x: Array, stats: RunningStats, bound: float) -> Array:
     """Returns x [..., *stats.mean.shape], centred, scaled to variance 1, clipped to +-bound."""
     return jnp.clip((x - stats.mean) / jnp.sqrt(stats.var + 1e-8), -bound, bound)
+
+
+def centre_and_scale(x: Array, mask: Array) -> Array:
+    """Returns x with mean 0 and standard deviation 1 where mask, of x's shape, weighs it."""
+    weight = mask / jnp.maximum(jnp.mean(mask), 1e-8)
+    centred = x - jnp.mean(x * weight)
+    return centred / (jnp.sqrt(jnp.mean(jnp.square(centred) * weight)) + 1e-8)
 
 
 def explained_variance(value: Array, target: Array, mask: Array) -> Array:
@@ -643,13 +672,6 @@ def average_over_processes(tree: Any, args: Args) -> Any:
     return unravel(jax.lax.pmean(flat, "process"))
 
 
-def normalize_advantages(batch: Batch) -> Batch:
-    """Returns a minibatch whose advantages have mean 0 and standard deviation 1."""
-    centred = batch.advantage - jnp.mean(batch.advantage * batch.mask)
-    std = jnp.sqrt(jnp.mean(jnp.square(centred) * batch.mask))
-    return batch._replace(advantage=centred / (std + 1e-8))
-
-
 def minibatch_step(
     learner: LearnerState, batch: Batch, network: nn.Module, args: Args
 ) -> tuple[LearnerState, dict[str, Array]]:
@@ -657,7 +679,8 @@ def minibatch_step(
     # As a weight of mean 1, the mask makes means over all rows means over experience
     batch = batch._replace(mask=batch.mask / jnp.maximum(jnp.mean(batch.mask), 1e-8))
     if args.norm_adv:
-        batch = normalize_advantages(batch)
+        advantage = centre_and_scale(batch.advantage, batch.mask)
+        batch = batch._replace(advantage=advantage)
     batch = own_share(batch, args)
     gradient = jax.grad(ppo_loss, has_aux=True)
     grads, metrics = gradient(learner.params, batch, learner.schedule, network, args)
@@ -690,7 +713,8 @@ def epoch_step(
     """
     learner = epochs.learner
     if args.recompute_advantages:
-        advantage, target, _ = estimate_advantages(learner, rollout, network, args)
+        _, value = apply_to_rollout(learner, rollout, network)
+        advantage, target = estimate_advantages(learner, rollout, value, args)
         batch = batch._replace(advantage=advantage, target=target)
 
     order = jax.random.permutation(shuffle_key, len(batch.mask))
@@ -723,21 +747,30 @@ def steer_learning_rate(schedule: Schedule, divergence: Array, args: Args) -> Sc
     return schedule._replace(learning_rate=rate)
 
 
-def estimate_advantages(
-    learner: LearnerState, rollout: Transition, network: nn.Module, args: Args
-) -> tuple[Array, Array, Array]:
-    """Returns advantages, targets and values, each [T*N*K].
-
-    Copies of an observation have the original's advantage and target, and values of their own.
-    """
-    axes = jax.tree.leaves(rollout.obs)[0].shape[:3]  # T + 1, N, K
+def apply_to_rollout(
+    learner: LearnerState, rollout: Transition, network: nn.Module
+) -> tuple[Any, Array]:
+    """Returns policy and values, [T + 1, N, K, ...], of a normalised rollout's observations."""
+    axes = jax.tree.leaves(rollout.obs)[0].shape[:3]
     flat_obs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), rollout.obs)
-    _, value = network.apply(learner.params, flat_obs)
-    value = value.reshape(axes)
+    found = network.apply(learner.params, flat_obs)
+    return jax.tree.map(lambda x: x.reshape(*axes, *x.shape[1:]), found)
+
+
+def estimate_advantages(
+    learner: LearnerState, rollout: Transition, value: Array, args: Args
+) -> tuple[Array, Array]:
+    """Returns advantages and targets, each [T*N*K], from values [T + 1, N, K].
+
+    Copies of an observation have the original's advantage and target.
+    """
     schedule = learner.schedule
     advantage, target = compute_gae(rollout, value[:, :, 0], schedule.gamma, schedule.gae_lambda)
-    copies = axes[2]
-    return jnp.repeat(advantage, copies), jnp.repeat(target, copies), value[:-1].reshape(-1)
+    if args.norm_adv_once:
+        per_env = jax.vmap(centre_and_scale, in_axes=1, out_axes=1)
+        advantage = per_env(advantage, rollout.mask)
+    copies = value.shape[2]
+    return jnp.repeat(advantage, copies), jnp.repeat(target, copies)
 
 
 def update_statistics(
@@ -757,18 +790,22 @@ def update_statistics(
 
 def make_batch(learner: LearnerState, rollout: Transition, network: nn.Module, args: Args) -> Batch:
     """Returns what the losses see of a normalised rollout: leaves [T*N*K, ...]."""
-    copies = jax.tree.leaves(rollout.obs)[0].shape[2]
-    obs = jax.tree.map(lambda x: x[:-1].reshape(-1, *x.shape[3:]), rollout.obs)
-    action = rollout.action.reshape(-1, rollout.action.shape[-1])
+
+    def rows(x: Array) -> Array:  # of T steps, not of the last observation
+        return x[:-1].reshape(-1, *x.shape[3:])
+
+    policy, value = apply_to_rollout(learner, rollout, network)
+    advantage, target = estimate_advantages(learner, rollout, value, args)
+    policy = jax.tree.map(rows, policy)
+    copies = value.shape[2]
+    action = rollout.action.reshape(-1, *rollout.action.shape[2:])
     action = jnp.repeat(action, copies, axis=0)
-    policy, _ = network.apply(learner.params, obs)
-    advantage, target, value = estimate_advantages(learner, rollout, network, args)
     return Batch(
-        obs=obs,
+        obs=jax.tree.map(rows, rollout.obs),
         action=action,
         policy=policy,
         log_prob=log_prob(policy, action),
-        value=value,
+        value=rows(value),
         advantage=advantage,
         target=target,
         mask=jnp.repeat(rollout.mask.reshape(-1), copies),
@@ -795,7 +832,7 @@ def count_episodes(
     learner: LearnerState, rollout: Transition
 ) -> tuple[LearnerState, dict[str, Array]]:
     """Returns the learner with the episodes that ended in a rollout counted, and metrics."""
-    ended = rollout.done * rollout.mask  # [T, N]
+    ended = rollout.ended  # [T, N]
     any_ended = jnp.any(ended)
     mean_return = masked_mean(rollout.episodic_return, ended)
     mean_length = masked_mean(rollout.episodic_length, ended)
@@ -849,7 +886,7 @@ def update(
     metrics = {f"losses/{name}": masked_mean(x, ran) for name, x in seen.items()}
     metrics["losses/explained_variance"] = explained_variance(batch.value, batch.target, batch.mask)
     metrics["charts/learning_rate"] = learner.schedule.learning_rate
-    metrics["policy/std"] = jnp.mean(jnp.exp(batch.policy.log_std))
+    metrics |= spread(batch.policy)
     metrics["policy/param_norm"] = optax.tree.norm(learner.params)
     metrics["policy/kl_coef"] = given.kl_coef
     metrics["policy/epochs"] = jnp.sum(ran)
@@ -877,6 +914,16 @@ class TimeStep(NamedTuple):  # what S*N environments return, leaves [S*N, ...]
     reward: Array
     terminated: Array  # bool
     truncated: Array  # bool; never both
+
+
+def make_time_step(obs: Any, reward: Array, terminated: Array, truncated: Array) -> TimeStep:
+    """Returns what an environment shows; an end that is both counts as terminated."""
+    return TimeStep(
+        obs=obs,
+        reward=reward.astype("float32"),
+        terminated=terminated,
+        truncated=truncated & ~terminated,
+    )
 
 
 class Environment(NamedTuple):  # S*N environments behind one function
@@ -966,12 +1013,8 @@ def make_envpool(args: Args, env_seeds: list[int], render: bool) -> Environment:
     def receive(handle: Array) -> tuple[Array, TimeStep]:
         handle, (obs, reward, terminated, truncated, _) = recv(handle)
         obs = jax.tree.map(lambda x: x[:, None], obs)  # K = 1
-        return handle, TimeStep(
-            obs=encode_obs(obs, pool.observation_space),
-            reward=reward.astype(jnp.float32),
-            terminated=terminated,
-            truncated=truncated & ~terminated,
-        )
+        obs = encode_obs(obs, pool.observation_space)
+        return handle, make_time_step(obs, reward, terminated, truncated)
 
     def step(handle: Array, action: Array) -> tuple[Array, TimeStep]:
         return receive(send(handle, action.astype(action_dtype), ids))
@@ -1069,11 +1112,8 @@ def make_gymnasium(args: Args, env_seeds: list[int], render: bool) -> Environmen
         truncated = truncated | (terminated & nonterminal)
         terminated = terminated & ~nonterminal
         with np.errstate(over="ignore"):  # infinite then, which stops the run
-            obs = jax.tree.map(np.float32, obs)
-            reward = np.float32(reward)
-        return TimeStep(
-            obs=obs, reward=reward, terminated=terminated, truncated=truncated & ~terminated
-        )
+            obs = jax.tree.map(as_number, obs)
+            return make_time_step(obs, np.asarray(reward), terminated, truncated)
 
     def host_step(action: Array) -> TimeStep:
         if failures:
@@ -1319,12 +1359,8 @@ def native_time_step(
     obs: Any, reward: Array, terminated: Array, truncated: Array, task: Task
 ) -> TimeStep:
     """Returns what JAX-native environments show, observations as a single copy."""
-    return TimeStep(
-        obs=jax.tree.map(lambda x: x[:, None], encode_obs(obs, task.observation_space)),
-        reward=reward.astype(jnp.float32),
-        terminated=terminated,
-        truncated=truncated & ~terminated,
-    )
+    obs = jax.tree.map(lambda x: x[:, None], encode_obs(obs, task.observation_space))
+    return make_time_step(obs, reward, terminated, truncated)
 
 
 def step_tasks(env_state: NativeState, action: Array, task: Task) -> tuple[NativeState, TimeStep]:
@@ -1358,8 +1394,17 @@ def step_tasks(env_state: NativeState, action: Array, task: Task) -> tuple[Nativ
     return NativeState(key=keys, task=state, over=terminated | truncated), new
 
 
+def as_number(x: Any) -> np.ndarray | Array:
+    """Returns an array as float32, or as it is where it is of bytes."""
+    if not hasattr(x, "dtype"):
+        x = np.asarray(x)
+    return x if x.dtype == np.uint8 else x.astype(np.float32)
+
+
 def encode_obs(obs: Any, space: spaces.Space | dict) -> Any:
-    """Returns observations as networks take them: float32, numbers of choices as one-hot vectors.
+    """Returns observations as networks take them: numbers of choices as one-hot vectors.
+
+    Everything is float32, but for bytes, which cost a quarter of that.
 
     Args:
         obs: of `space`, with any leading axes.
@@ -1379,7 +1424,7 @@ def encode_obs(obs: Any, space: spaces.Space | dict) -> Any:
         columns = [one_hot(flat[..., i] - a, int(n)) for i, (n, a) in enumerate(choices)]
         return jnp.concatenate(columns, axis=-1)
     if isinstance(space, spaces.Box | spaces.MultiBinary):
-        return jnp.asarray(obs, jnp.float32)
+        return jnp.asarray(as_number(obs))
     raise ValueError(f"observations of space {space} are nothing that a network can take")
 
 
@@ -1400,7 +1445,7 @@ def empty_obs(space: spaces.Space | dict) -> Any:
         return tuple(empty_obs(part) for part in space)
     if space.shape is None:
         raise ValueError(f"observations of space {space} are nothing that a network can take")
-    return np.zeros(space.shape, np.float32)
+    return as_number(np.zeros(space.shape, space.dtype))
 
 
 def action_bounds(space: spaces.Box) -> tuple[np.ndarray, np.ndarray]:
@@ -1443,6 +1488,21 @@ class RunnerState(NamedTuple):  # the carry of the rollout
     episode: Episode
 
 
+def episode_over(time_step: TimeStep) -> Array:
+    """Returns 1 where an episode has ended, [S*N]."""
+    return (time_step.terminated | time_step.truncated).astype(jnp.float32)
+
+
+def go_on(episode: Episode, last: TimeStep, new: TimeStep, gamma: Array) -> Episode:
+    """Returns episodes after a step from `last` to `new`; where that was a reset, they begin."""
+    goes_on = 1 - episode_over(last)
+    return Episode(
+        total=(episode.total + new.reward) * goes_on,
+        length=(episode.length + 1) * goes_on,
+        discounted=(gamma * episode.discounted + new.reward) * goes_on,
+    )
+
+
 def env_step(
     runner: RunnerState,
     noise: Array,
@@ -1454,26 +1514,23 @@ def env_step(
     """Returns the runner and the transition, leaves [S*N, ...], after one step.
 
     Args:
-        noise: standard normal, [S, N, U].
+        noise: for sample_action, [S, N, ...].
         learner: leaves [S, ...].
     """
-    seeds, envs, action_size = noise.shape
+    seeds, envs = noise.shape[:2]
     last = runner.time_step
     obs = jax.tree.map(lambda x: x[:, 0].reshape(seeds, envs, *x.shape[2:]), last.obs)
     normalize_leaf = jax.vmap(partial(normalize, bound=args.clip_obs))
     obs = jax.tree.map(normalize_leaf, obs, learner.obs_stats)
     policy, _ = jax.vmap(network.apply)(learner.params, obs)
-    action = sample_action(policy, noise).reshape(seeds * envs, action_size)
+    action = sample_action(policy, noise)
+    action = action.reshape(seeds * envs, *action.shape[2:])
     env_state, new = env.step(runner.env_state, env_action(action, env.action_space, args))
 
     # After an episode's end the environment has only reset itself
     mask = 1 - (last.terminated | last.truncated).astype(jnp.float32)
     gamma = jnp.repeat(learner.schedule.gamma, envs)
-    episode = Episode(
-        total=(runner.episode.total + new.reward) * mask,
-        length=(runner.episode.length + 1) * mask,
-        discounted=(gamma * runner.episode.discounted + new.reward) * mask,
-    )
+    episode = go_on(runner.episode, last, new, gamma)
     transition = Transition(
         obs=last.obs,
         action=action,
@@ -1481,6 +1538,7 @@ def env_step(
         terminated=new.terminated.astype(jnp.float32),
         done=(new.terminated | new.truncated).astype(jnp.float32),
         mask=mask,
+        ended=episode_over(new) * mask,
         episodic_return=episode.total,
         episodic_length=episode.length,
         discounted_return=episode.discounted,
@@ -1504,10 +1562,9 @@ def rollout(
         first_env: of a seed's num_envs environments, which one the runner's begin with.
     """
     envs = len(runner.time_step.reward) // len(learner.iteration)
-    shape = (args.num_steps, args.num_envs, math.prod(env.action_space.shape))
 
     def draw(key: Array) -> Array:  # the same for an environment, however many share them out
-        noise = jax.random.normal(key, shape, jnp.float32)
+        noise = draw_noise(key, (args.num_steps, args.num_envs), env.action_space)
         return jax.lax.dynamic_slice_in_dim(noise, first_env, envs, axis=1)
 
     def by_seed(x: Array) -> Array:  # [T, S*N, ...] to [S, T, N, ...]
@@ -1516,8 +1573,8 @@ def rollout(
 
     # Even numbers are folded in for rollouts, odd ones for updates
     keys = jax.vmap(jax.random.fold_in)(learner.key, 2 * learner.iteration)
-    noise = jax.vmap(draw, out_axes=1)(keys)  # [T, S, N, U]
-    if args.mode == "eval":
+    noise = jax.vmap(draw, out_axes=1)(keys)  # [T, S, N, ...]
+    if args.mode == "eval" and args.deterministic:
         noise = 0 * noise
     step = partial(env_step, learner=learner, env=env, network=network, args=args)
     runner, transition = jax.lax.scan(step, runner, noise)
@@ -1620,7 +1677,9 @@ def init_learner(seed: Array, obs: Any, network: nn.Module, args: Args) -> Learn
     params = network.init(key, jax.tree.map(lambda x: x[None], obs))
 
     def no_stats(x: Array) -> RunningStats:
-        return RunningStats(mean=jnp.zeros_like(x), var=jnp.ones_like(x), count=jnp.float32(1e-4))
+        dtype = jnp.result_type(x, jnp.float32)  # float32 of bytes
+        mean = jnp.zeros(x.shape, dtype)
+        return RunningStats(mean=mean, var=jnp.ones_like(mean), count=jnp.float32(1e-4))
 
     return LearnerState(
         params=params,
@@ -2044,6 +2103,7 @@ FREE = {
     "checkpoint_interval",
     "log_interval",
     "mode",
+    "deterministic",
     "eval_episodes",
     "eval_steps",
     "video",
@@ -2365,7 +2425,8 @@ def log(files: list[EventFile], iteration: int, last: Iteration, speed: float, a
             for name in ("obs", "action", "reward"):
                 leaves = jax.tree.leaves(getattr(last.transition, name))
                 values = np.concatenate([np.ravel(np.asarray(leaf)[seed]) for leaf in leaves])
-                file.add_summary(step, histogram_pb(f"rollout/{name}", values))
+                some = values[:: len(values) // 100_000 + 1]  # of images there are millions
+                file.add_summary(step, histogram_pb(f"rollout/{name}", some))
         file.flush()
 
 
@@ -2661,7 +2722,7 @@ class Policy:
 
         Args:
             obs: as the environment gives it: an array, or dicts and tuples of arrays.
-            deterministic: the policy's mean; otherwise a sample.
+            deterministic: the most likely action; otherwise a sample.
         """
         encoded = encode_obs(obs, self.observation_space)
         one = encode_obs(empty_obs(self.observation_space), self.observation_space)
@@ -2669,9 +2730,11 @@ class Policy:
         if single:
             encoded = jax.tree.map(lambda x: x[None], encoded)
         batch = len(jax.tree.leaves(encoded)[0])
-        shape = (batch, math.prod(self.action_space.shape))
-        noise = np.zeros(shape) if deterministic else self.random.standard_normal(shape)
-        action = self.compiled(self.learner, encoded, jnp.asarray(noise, jnp.float32))
+        key = jax.random.PRNGKey(self.random.integers(2**31))
+        noise = draw_noise(key, (batch,), self.action_space)
+        if deterministic:
+            noise = 0 * noise
+        action = self.compiled(self.learner, encoded, noise)
         action = as_space_dtype(np.asarray(action), self.action_space)
         return action[0] if single else action
 
@@ -2714,7 +2777,7 @@ class Played(NamedTuple):  # evaluation episodes
 
 
 def play(run: Run, learner: LearnerState, episodes: int) -> Played:
-    """Returns the returns of `episodes` deterministic episodes for each seed.
+    """Returns the returns of `episodes` episodes for each seed.
 
     Every environment plays its share, so that short episodes weigh no more than long ones.
     Stops with exit code 1 where an environment fails, or returns what is not finite.
@@ -2749,8 +2812,7 @@ def add_episodes(played: Played, transition: Transition, eval_steps: int) -> Pla
     returns = [list(x) for x in played.returns]
     left = played.left.copy()
     endless = played.endless
-    ended = transition.done * transition.mask
-    for seed, step, env in np.argwhere(ended > 0):
+    for seed, step, env in np.argwhere(transition.ended > 0):
         if left[seed, env] > 0:
             left[seed, env] -= 1
             returns[seed].append(float(transition.episodic_return[seed, step, env]))
@@ -2760,6 +2822,13 @@ def add_episodes(played: Played, transition: Transition, eval_steps: int) -> Pla
             returns[seed].append(float(transition.episodic_return[seed, -1, env]))
             endless += 1
     return Played(returns=returns, left=left, endless=endless)
+
+
+def judgement(mean: float, env: Environment, args: Args) -> str:
+    """Returns what a mean return is worth, to be printed behind it; empty if nobody knows."""
+    if env.threshold is None:
+        return ""
+    return f"; solved from {env.threshold:g}: {mean >= env.threshold}"
 
 
 def evaluate(args: Args, saved: SavedRun) -> None:
@@ -2774,9 +2843,7 @@ def evaluate(args: Args, saved: SavedRun) -> None:
         row = {"mean": float(np.mean(found)), "std": float(np.std(found)), "episodes": len(found)}
         line = f"seed {seed}: return {row['mean']:.2f} +- {row['std']:.2f}"
         line += f" over {len(found)} episodes, {min(found):.2f} to {max(found):.2f}"
-        if run.env.threshold is not None:
-            solved = row["mean"] >= run.env.threshold
-            line += f"; solved from {run.env.threshold:g}: {solved}"
+        line += judgement(row["mean"], run.env, args)
         rows.append(row)
         print(line, flush=True)
     if played.endless:
@@ -2810,7 +2877,7 @@ def film(args: Args, saved: SavedRun) -> None:
         while not ended and len(frames) < args.eval_steps:
             frames.append(run.env.render(runner.env_state))
             runner, transition = run.act(runner, learner)
-            ended = bool(transition.done.any()) or bool(run.env.failures)
+            ended = bool(transition.ended.any()) or bool(run.env.failures)
         folder = args.folder if os.access(args.folder, os.W_OK) else Path.cwd()
         path = folder / "videos" / args.env_id.replace("/", "_").replace(":", "_")
         path.parent.mkdir(exist_ok=True)

@@ -65,6 +65,7 @@ def one_step_episodes(obs: np.ndarray, action: np.ndarray, reward: np.ndarray) -
         terminated=one,
         done=one,
         mask=one,
+        ended=one,
         episodic_return=reward[None],
         episodic_length=one,
         discounted_return=reward[None],

@@ -39,6 +39,7 @@ def rollout(rng, shape=(T, N)):
         "terminated": terminated,
         "done": done,
         "mask": mask,
+        "ended": done * mask,
         "episodic_return": rng.normal(0, 5, shape),
         "episodic_length": rng.normal(0, 5, shape),
         "discounted_return": rng.normal(0, 5, shape),
@@ -340,7 +341,7 @@ def check_update(ppo):
         {},
         {"recompute_advantages": True, "anneal_lr": False},
         {"objective": "kl-penalty", "anneal_clip": True},
-        {"anneal_ent": True},
+        {"anneal_ent": True, "norm_adv": False, "norm_adv_once": True},
     ):
         args = small_args(ppo, **changes)
         network, learner, transition, r = start(ppo, args)
@@ -386,7 +387,7 @@ def compare_update(new, metrics, nets, new_stats, seen):
 
 def compare_episodes(new, metrics, r):
     """What is counted of the episodes that ended, time first, as in the rollout."""
-    ended = (r["done"] * r["mask"]) > 0
+    ended = r["ended"] > 0
     returns = r["episodic_return"][ended]
     lengths = r["episodic_length"][ended]
     assert new.episodes == len(returns)
@@ -409,7 +410,7 @@ def check_last_100(ppo):
             returns = 1000.0 * i + np.arange(T * N).reshape(T, N)
             step = transition._replace(episodic_return=returns)
             learner, metrics = count(learner, step)
-            seen += returns[(transition.done * transition.mask) > 0].tolist()
+            seen += returns[transition.ended > 0].tolist()
             last = seen[-100:]
             np.testing.assert_array_equal(learner.returns[-len(last) :], last)
             np.testing.assert_allclose(metrics["charts/episodic_return_100"], np.mean(last))
@@ -451,6 +452,7 @@ def check_env_step(ppo):
     np.testing.assert_array_equal(t.mask, [1, 1, 1, 0, 1, 1, 1, 0])
     np.testing.assert_array_equal(t.terminated, [0, 0, 1, 0, 0, 0, 0, 0])
     np.testing.assert_array_equal(t.done, [0, 0, 1, 0, 0, 0, 1, 0])
+    np.testing.assert_array_equal(t.ended, t.done)
     np.testing.assert_array_equal(t.episodic_return, [10, 30, 60, 0, 10, 30, 60, 0])
     np.testing.assert_array_equal(t.episodic_length, [1, 2, 3, 0, 1, 2, 3, 0])
     discounted = [10, 29, 56.1, 0, 10, 29, 56.1, 0]

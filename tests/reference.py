@@ -214,7 +214,11 @@ def update(nets, rollout, stats, orders, s):
         advantage = gae(
             reward, rollout["terminated"], rollout["done"], value, s["gamma"], s["gae_lambda"]
         )
-        return advantage.ravel(), (advantage + value[:-1]).ravel()
+        target = advantage + value[:-1]
+        if s["norm_adv_once"]:
+            columns = zip(advantage.T, mask.T, strict=True)
+            advantage = np.stack([normalized_advantage(*column) for column in columns], axis=1)
+        return advantage.ravel(), target.ravel()
 
     flat = obs[:-1].reshape(T * N, -1)
     old_mean = mlp(actor, flat)[0]
@@ -244,7 +248,9 @@ def update(nets, rollout, stats, orders, s):
                 "log_prob": old_log_prob[index],
                 "value": old_value[index],
             }
-            batch["advantage"] = normalized_advantage(advantage[index], weights)
+            batch["advantage"] = advantage[index]
+            if s["norm_adv"]:
+                batch["advantage"] = normalized_advantage(advantage[index], weights)
             mean, actor_activations = mlp(actor, flat[index])
             value, critic_activations = mlp(critic, flat[index])
             _, metrics, (d_mean, d_log_std, d_value) = loss((mean, log_std), value[:, 0], batch, s)

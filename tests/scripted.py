@@ -44,6 +44,24 @@ class Counter(gymnasium.Env):
         return self.obs(), reward, terminated, truncated, info
 
 
+class Chooser(Counter):
+    """With two choices, of which the second is right."""
+
+    def __init__(self, **settings):
+        super().__init__(space=spaces.Discrete(2), **settings)
+
+
+class Labels(Chooser):
+    """Observes a number of a choice."""
+
+    def __init__(self):
+        super().__init__()
+        self.observation_space = spaces.Discrete(9)
+
+    def obs(self):
+        return np.int64(self.count)
+
+
 class Mirrored(Counter):
     """With observation augmentation: the original and its mirror image."""
 
@@ -188,6 +206,8 @@ class Corridor(Counter):
 
 for name, entry, settings in (
     ("Counter-v0", Counter, {}),
+    ("Chooser-v0", Chooser, {}),
+    ("Labels-v0", Labels, {}),
     ("Terminal-v0", Counter, {"end": "terminated"}),
     ("NonTerminal-v0", Counter, {"end": "non-terminal"}),
     ("BothEnds-v0", Counter, {"end": "both"}),

@@ -188,10 +188,8 @@ def test_decisions_and_their_advantages(cma, repeat):
     index = np.broadcast_to(
         np.arange(T + 1.0)[:, None], (T + 1, N)
     )  # observations that tell their row
-    zero = np.zeros((T, N))
-    steps = cma.Transition(
-        obs=index, action=index[:-1, :, None], **t, episodic_return=zero, discounted_return=zero
-    )
+    unread = dict.fromkeys(("ended", "episodic_return", "discounted_return"), np.zeros((T, N)))
+    steps = cma.Transition(obs=index, action=index[:-1, :, None], **t, **unread)
     with jax.enable_x64(True):
         new, time = jax.tree.map(np.asarray, cma.merge_held_steps(steps, repeat))
         value = rng.normal(0, 1, T + 1)[np.asarray(new.obs, int)]
@@ -251,6 +249,7 @@ def bandit(cma, **settings):
         terminated=mask,
         done=mask,
         mask=mask,
+        ended=mask,
         episodic_return=mask,
         episodic_length=mask,
         discounted_return=mask,

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, SMALL, command, environment
+from processes import execute
 from runs import events_of, result, scalars, start_long, steps_saved, wait_for
 
 COUNTER = ["--env-id", "scripted:Counter-v0"]
@@ -249,7 +250,7 @@ def test_a_flipped_bit_or_a_cut_is_noticed(run, trained, tmp_path, script):
         newest.write_bytes(damaged)
         with pytest.raises(ValueError, match="bytes have changed"):
             module.read_checkpoint(newest, None)
-    evaluated = run(script, "--mode", "eval", "--run-dir", "a", "--eval-episodes", 1, small=False)
+    evaluated = run(script, "--mode", "eval", "--run-dir", "a", "--eval-episodes", 1)
     assert "damaged" in evaluated.stderr and "over 1 episodes" in evaluated.stdout
     for path in (older, newest):
         path.write_bytes(whole[: len(whole) // 2])
@@ -267,13 +268,13 @@ def test_lost_and_cut_files_of_a_folder(run, trained, tmp_path, script):
     assert "finished" in run(script, *COUNTER, "--run-dir", "a").stdout
     assert result(tmp_path / "a")["finished"]
     path.unlink()
-    run(script, "--mode", "eval", "--run-dir", "a", "--eval-episodes", 1, small=False)
+    run(script, "--mode", "eval", "--run-dir", "a", "--eval-episodes", 1)
     assert result(tmp_path / "a")["eval_return"][0]["episodes"] == 1
     settings = (tmp_path / "a/args.json").read_text()
     for content in ("", "[]", settings.replace('"gamma"', '"no_such_flag"')):
         (tmp_path / "a/args.json").write_text(content)
         evaluating = ["--mode", "eval", "--run-dir", "a"]
-        one_line(run(script, *evaluating, small=False, check=False), 2, "--run-dir")
+        one_line(run(script, *evaluating, check=False), 2, "--run-dir")
     one_line(run(script, *COUNTER, "--run-dir", "a", check=False), 2, "--clobber")
     assert (tmp_path / "a/args.json").read_text() == content
 
@@ -297,7 +298,7 @@ def test_kill_while_saving(tmp_path, run, script):
     assert process.wait(60) == 143
     assert len(steps_saved(tmp_path / "long")) == 2  # the previous is kept
     assert not list(tmp_path.rglob("*.tmp"))
-    run(script, "--mode", "eval", "--run-dir", "long", "--eval-episodes", 1, small=False)
+    run(script, "--mode", "eval", "--run-dir", "long", "--eval-episodes", 1)
 
 
 # --- Signals ---
@@ -585,8 +586,7 @@ def test_an_edited_script_is_another_run(tmp_path, script):
 
     def train():
         line = [sys.executable, str(mine), *SMALL[script], *COUNTER, "--run-dir", "a"]
-        own = {"cwd": tmp_path, "env": environment()}
-        return subprocess.run(line, capture_output=True, text=True, **own)
+        return execute(line, tmp_path, environment())
 
     mine.write_text(source)
     assert train().returncode == 0
@@ -621,7 +621,7 @@ def test_evaluation_says_what_contradicts_the_run(run, trained, script):
     trained(script)
     for flags in (["--env-id", "Pendulum-v1"], ["--seed", "77"], ["--gamma", "0.5"]):
         evaluating = ["--mode", "eval", "--run-dir", "a", *flags]
-        one_line(run(script, *evaluating, small=False, check=False), 2, flags[0], "leave")
+        one_line(run(script, *evaluating, check=False), 2, flags[0], "leave")
     one_line(run(script, "--mode", "eval", "--run-dir", "b", check=False), 2, "--run-dir")
 
 
@@ -629,7 +629,7 @@ def test_evaluation_says_what_contradicts_the_run(run, trained, script):
 def test_evaluation_of_endless_and_broken_environments(run, tmp_path, script):
     run(script, "--env-id", "scripted:Endless-v0", "--run-dir", "a")
     flags = ["--mode", "eval", "--run-dir", "a", "--eval-steps", 250, "--eval-episodes", 3]
-    done = run(script, *flags, small=False)
+    done = run(script, *flags)
     assert "over 1 episodes" in done.stdout
     assert "1 episodes had not ended after --eval-steps 250" in done.stderr
     settings = json.loads((tmp_path / "a/args.json").read_text())
@@ -638,7 +638,7 @@ def test_evaluation_of_endless_and_broken_environments(run, tmp_path, script):
         settings["env_kwargs"] = json.dumps({"what": what})
         (tmp_path / "a/args.json").write_text(json.dumps(settings))
         evaluating = ["--mode", "eval", "--run-dir", "a"]
-        one_line(run(script, *evaluating, small=False, check=False), 1, said)
+        one_line(run(script, *evaluating, check=False), 1, said)
 
 
 @pytest.mark.costly
@@ -668,5 +668,5 @@ def test_json_is_strict(run, tmp_path, script):
     assert result(tmp_path / "a")["episodic_return"] == [None]
     assert result(tmp_path / "a")["args"]["clip_obs"] == "inf"
     evaluating = ["--mode", "eval", "--run-dir", "a", "--eval-steps", 100, "--eval-episodes", 1]
-    run(script, *evaluating, small=False)
+    run(script, *evaluating)
     assert len(events_of(tmp_path / "a")) == 1

@@ -135,7 +135,7 @@ def test_seeds_side_by_side_are_lone_runs(run, tmp_path, script):
     assert lone.keys() == batch.keys()
     for name in lone:
         np.testing.assert_allclose(lone[name], batch[name], rtol=5e-3, atol=1e-3, err_msg=name)
-    run(script, "--mode", "eval", "--run-dir", "batch", "--eval-episodes", 3, small=False)
+    run(script, "--mode", "eval", "--run-dir", "batch", "--eval-episodes", 3)
     assert [row["episodes"] for row in result(tmp_path / "batch")["eval_return"]] == [3, 3]
 
 

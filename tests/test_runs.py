@@ -117,7 +117,7 @@ def test_seeds_in_one_process_are_lone_runs(run, tmp_path, script):
         np.testing.assert_allclose(lone[name], batch[name], rtol=5e-3, atol=1e-3, err_msg=name)
     assert scalars(tmp_path / "batch/seed2") != batch
     evaluating = ["--mode", "eval", "--run-dir", "batch", "--eval-episodes", 2]
-    run(script, *evaluating, small=False)
+    run(script, *evaluating)
     rows = result(tmp_path / "batch")["eval_return"]
     assert [row["episodes"] for row in rows] == [2, 2]
 
@@ -161,7 +161,7 @@ def test_a_trained_policy_is_three_lines_away(trained, run, tmp_path, script):
     with pytest.raises(ValueError, match="holds no run"):
         module.load(tmp_path / "nowhere")
 
-    run(script, "--mode", "eval", "--run-dir", "a", "--eval-episodes", 1, small=False)
+    run(script, "--mode", "eval", "--run-dir", "a", "--eval-episodes", 1)
     total = 0.0
     for step in range(7):
         held = step - step % getattr(policy.args, "action_repeat", 1)
@@ -191,7 +191,7 @@ def test_an_agent_goes_on_from_a_run(trained, cma):
 def evaluated(run, tmp_path, script, folder, episodes):
     """Returns the mean return of a run's policy."""
     evaluating = ["--mode", "eval", "--run-dir", folder, "--eval-episodes", episodes]
-    run(script, *evaluating, small=False)
+    run(script, *evaluating)
     return result(tmp_path / folder)["eval_return"][0]["mean"]
 
 
@@ -199,7 +199,7 @@ def test_learns_pendulum(run, tmp_path):
     """Out of a broken agent's reach: doing nothing earns about -1200."""
     flags = "--num-envs 16 --num-steps 64 --gamma 0.9 --learning-rate 1e-3"
     train = ["--env-id", "Pendulum-v1", *flags.split(), "--total-timesteps", 150_000]
-    run("ppo_continuous", *train, "--run-dir", "a", small=False)
+    run("ppo_continuous", *train, "--run-dir", "a", learns=True)
     assert evaluated(run, tmp_path, "ppo_continuous", "a", 20) > -600
 
 
@@ -207,14 +207,14 @@ def test_learns_a_delayed_reward(run, tmp_path):
     """Of 1, where the action is 0.5 at the end, whatever came before."""
     flags = "--num-envs 4 --num-steps 64 --num-minibatches 4 --learning-rate 3e-3"
     train = ["--env-id", "scripted:Corridor-v0", *flags.split(), "--total-timesteps", 10240]
-    run("ppo_continuous", *train, "--run-dir", "a", small=False)
+    run("ppo_continuous", *train, "--run-dir", "a", learns=True)
     assert evaluated(run, tmp_path, "ppo_continuous", "a", 1) > 0.97
 
 
 def test_cma_learns_mountain_car(run, tmp_path):
     """The bare command, six iterations: doing nothing earns 0, the first policy 40 to 70."""
     flags = ["--num-seeds", 2, "--total-timesteps", 24_000, "--run-dir", "a"]
-    run("ppo_cma", *flags, small=False)
+    run("ppo_cma", *flags, learns=True)
     for seed in (1, 2):
         assert scalars(tmp_path / f"a/seed{seed}")["charts/episodic_return"][-1][1] > 80
 
