@@ -57,7 +57,8 @@ def run_on_cores(tmp_path, script, cores, *flags):
         f"import os, {script} as m; m.ROWS_PER_CORE = 32;"
         f" os.sched_getaffinity = lambda _: range({cores}); m.main(); print(m.jax.devices())"
     )
-    line = [sys.executable, "-c", code, *SMALL[script], *flags]
+    _, _, *rest = command(script, *SMALL[script], *flags)
+    line = [sys.executable, "-c", code, *rest]
     line += ["--batch-size", 256, "--action-repeat", 1] if script == "ppo_cma" else []
     env = environment(PYTHONPATH=str(ROOT))
     line = [str(word) for word in line]

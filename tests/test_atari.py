@@ -10,7 +10,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import environment
+from conftest import ROOT, environment, load
 from gymnasium import spaces
 from processes import execute
 from runs import result
@@ -393,10 +393,12 @@ def test_images_have_no_statistics(atari):
     """They cost nothing, and the frames that the loss sees are the bytes of the rollout."""
     args = small_pixels(atari)
     network, learner, transition = pixel_rollout(atari, args)
-    new, metrics = jax.jit(partial(atari.update, network=network, args=args))(learner, transition)
-    jax.tree.map(np.testing.assert_array_equal, new.obs_stats, learner.obs_stats)
-    assert np.isfinite(metrics["losses/policy_loss"])
-    batch = atari.make_batch(learner, transition, network, args)
+    obs_stats, return_stats = atari.update_statistics(learner, transition, args)
+    jax.tree.map(np.testing.assert_array_equal, obs_stats, learner.obs_stats)
+    assert return_stats.count == learner.return_stats.count
+    scaled = atari.normalize(transition.obs, obs_stats, args.clip_obs)
+    batch = atari.make_batch(learner, transition._replace(obs=scaled), network, args)
+    assert batch.obs.dtype == np.uint8
     np.testing.assert_array_equal(batch.obs, transition.obs[:-1].reshape(8, 4, 84, 84))
 
 
@@ -432,3 +434,40 @@ def test_learns_a_choice(tmp_path, atari):
     done = execute(line, tmp_path, environment())
     assert done.returncode == 0, done.stderr
     assert result(tmp_path / "a")["episodic_return"][0] > 100
+
+
+# --- Mutants: (the test that must turn red, a text of the script, what a slip would make of it) ---
+MUTANTS = [
+    (test_distribution_of_choices, "return -jnp.sum(jnp.exp(log", "return jnp.sum(jnp.exp(log"),
+    (
+        test_distribution_of_choices,
+        "old_log_probs - new_log_probs",
+        "new_log_probs - old_log_probs",
+    ),
+    (test_sampled_choices_have_their_probabilities, "random.gumbel(", "random.normal("),
+    (test_conv_is_the_librarys, "out += row @ kernel[i]", "out += row @ kernel[0]"),
+    (test_conv_is_the_librarys, "transpose(0, 2, 1, 3, 4, 5)", "transpose(2, 0, 1, 3, 4, 5)"),
+    (test_lives_are_ends_for_learning_only, 'truncated | (info["terminated"] > 0)', "None"),
+    (test_lives_are_ends_for_learning_only, "episode.length + mask)", "episode.length + 1)"),
+    (test_lives_are_ends_for_learning_only, 'and args.mode == "train"', ""),
+    (test_ram, "[old[:, 1:], x[:, None]]", "[x[:, None], old[:, 1:]]"),
+    (test_frames_are_stacked_within_an_episode, "begin(x), moved)", "moved, moved)"),
+    (
+        test_images_have_no_statistics,
+        "if is_image(stats):\n        return x",
+        "if False:\n        return x",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("test", "text", "slip"), MUTANTS, ids=lambda x: getattr(x, "__name__", str(x))[:40]
+)
+def test_mutant_is_killed(test, text, slip):
+    source = (ROOT / "ppo_atari.py").read_text()
+    assert source.count(text) == 1, f"{text!r} stands {source.count(text)} times in the script"
+    mutant = load(ROOT / "ppo_atari.py", source.replace(text, slip))
+    cases = [(20, 20, 3, 4, 2), (9, 9, 5, 3, 1)] if test is test_conv_is_the_librarys else [()]
+    with pytest.raises(AssertionError):
+        for case in cases:
+            test(mutant, *case)

@@ -502,6 +502,13 @@ OWN_BAD_FLAGS = {
         "--log-std-init nan",
         "--adaptive-lr",
     ],
+    "ppo_atari": [
+        "--num-minibatches 1024",
+        "--noop-max 0",
+        "--sticky-actions 1.5",
+        "--frame-stack 0",
+        "--critic-sizes 0",
+    ],
     "ppo_cma": [
         "--history-size 0",
         "--action-repeat 1001",
