@@ -69,8 +69,8 @@ TIANSHOU = (
 M16 = f"{TIANSHOU} --num-minibatches 16"
 WIDE = f"{TIANSHOU} --num-envs 32 --num-steps 64 --critic-sizes 256 256"
 DEFAULT = f"{WIDE} --num-minibatches 16"
-DENSE = 'name=f"{name}_{i}")(x)\n'
-NORM = DENSE + '        x = nn.LayerNorm(name=f"{name}_norm_{i}")(x)\n'
+DENSE = 'nn.Dense(size, dtype=dtype, kernel_init=init, name=f"{name}_{i}")(x)'
+NORM = f'nn.LayerNorm(name=f"{{name}}_norm_{{i}}")({DENSE})'
 ADAM = "optax.scale_by_adam(eps=1e-5)"
 CONFIGS = {
     "untrained": Config(f"{TIANSHOU} --learning-rate 1e-12 --no-anneal-lr --update-epochs 1"),
@@ -91,6 +91,7 @@ CONFIGS = {
     "default, norm-adv": Config(f"{DEFAULT} --norm-adv"),
     "default, std 1": Config(f"{DEFAULT} --log-std-init 0"),
     "default, narrow critic": Config(f"{DEFAULT} --critic-sizes 64 64"),
+    "default, critic 128": Config(f"{DEFAULT} --critic-sizes 128 128"),
     "default, advantages once": Config(f"{DEFAULT} --no-recompute-advantages"),
     "default, clip-vloss": Config(f"{DEFAULT} --clip-vloss"),
     "default, vf 0.5": Config(f"{DEFAULT} --vf-coef 0.5"),

@@ -18,6 +18,7 @@ from test_environments import assert_next_step_resets, play
 
 B = 24
 CHOICES = 5
+TINY = {"num_envs": 2, "network": "mlp", "hidden_sizes": (1,), "critic_sizes": (1,)}
 
 
 # --- Distribution ---
@@ -210,7 +211,7 @@ def test_normc(atari):
 # --- Environments ---
 def test_rollout_is_what_envpool_itself_does(atari):
     """Bytes stay bytes; rewards, frames and ends are those of EnvPool stepped from Python."""
-    t, run = play(atari, "Breakout-v5", 400, num_envs=2)
+    t, run = play(atari, "Breakout-v5", 400, **TINY)
     assert t.obs.dtype == np.uint8 and t.obs.shape == (401, 2, 1, 4, 84, 84)
     seeds = atari.seeds_of_envs(run.args)
     pool = envpool.make(
@@ -235,12 +236,12 @@ def test_rollout_is_what_envpool_itself_does(atari):
 
 def test_lives_are_ends_for_learning_only(atari):
     """Each life's end terminates, and its no-op is no experience; scores are of whole games."""
-    t, _ = play(atari, "Breakout-v5", 600, num_envs=2)
+    t, _ = play(atari, "Breakout-v5", 600, **TINY)
     assert_lives(t)
-    whole, _ = play(atari, "Breakout-v5", 600, num_envs=2, episodic_life=False)
+    whole, _ = play(atari, "Breakout-v5", 600, **TINY, episodic_life=False)
     assert_next_step_resets(whole)
     np.testing.assert_array_equal(whole.ended, whole.done)
-    shown, _ = play(atari, "Breakout-v5", 600, num_envs=2, mode="eval")
+    shown, _ = play(atari, "Breakout-v5", 600, **TINY, mode="eval")
     assert_next_step_resets(shown)
 
 
@@ -261,7 +262,7 @@ def assert_lives(t):
 
 def test_rewards_are_clipped_for_learning_only(atari):
     """MsPacman's are tens; learning sees signs, and the score is the game's."""
-    t, run = play(atari, "MsPacman-v5", 200, num_envs=2)
+    t, run = play(atari, "MsPacman-v5", 200, **TINY)
     assert t.reward.max() >= 10 and t.episodic_return.max() >= 10
     one = jax.tree.map(lambda x: x[0], run.learner.return_stats)
     clipped = atari.normalize(t.reward, one, run.args.clip_reward)
