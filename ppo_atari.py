@@ -882,6 +882,43 @@ def average_over_processes(tree: Any, args: Args) -> Any:
     return unravel(jax.lax.pmean(flat, "process"))
 
 
+def loss_gradient(
+    learner: LearnerState, batch: Batch, network: nn.Module, args: Args
+) -> tuple[Any, dict[str, Array]]:
+    """Returns the gradient of ppo_loss in the parameters, like them, and its metrics.
+
+    They are means over equal parts of the minibatch, each of rows_at_once rows.
+    """
+    size = rows_at_once(batch.obs, args)
+    chunks = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), batch)
+
+    def gradient(chunk: Batch) -> tuple[Any, dict[str, Array]]:
+        slope = jax.grad(ppo_loss, has_aux=True)
+        return slope(learner.params, chunk, learner.schedule, network, args)
+
+    def add(total: tuple, chunk: Batch) -> tuple[tuple, None]:
+        return jax.tree.map(jnp.add, total, gradient(chunk)), None
+
+    one = jax.tree.map(lambda x: x[0], chunks)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, one))
+    total, _ = jax.lax.scan(add, zeros, chunks)
+    return jax.tree.map(lambda x: x * (size / len(batch.mask)), total)
+
+
+ROWS_IN_CACHE = 32  # of images: what these leave behind in a network fits a CPU's cache
+
+
+def rows_at_once(obs: Any, args: Args) -> int:
+    """Returns how many observations go through the network at once, a divisor of their number.
+
+    All of them, but on a CPU few images. A barrier on a minibatch's KL needs it whole.
+    """
+    rows = len(jax.tree.leaves(obs)[0])
+    if network_of(obs, args) == "mlp" or jax.default_backend() != "cpu" or args.kl_barrier:
+        return rows
+    return largest_divisor(rows, ROWS_IN_CACHE)
+
+
 def minibatch_step(
     learner: LearnerState, batch: Batch, network: nn.Module, args: Args
 ) -> tuple[LearnerState, dict[str, Array]]:
@@ -892,8 +929,7 @@ def minibatch_step(
         advantage = centre_and_scale(batch.advantage, batch.mask)
         batch = batch._replace(advantage=advantage)
     batch = own_share(batch, args)
-    gradient = jax.grad(ppo_loss, has_aux=True)
-    grads, metrics = gradient(learner.params, batch, learner.schedule, network, args)
+    grads, metrics = loss_gradient(learner, batch, network, args)
     grads, metrics = average_over_processes((grads, metrics), args)
     optimizer = make_optimizer(args)
     direction, opt_state = optimizer.update(grads, learner.opt_state, learner.params)
@@ -927,11 +963,12 @@ def epoch_step(
         advantage, target = estimate_advantages(learner, rollout, value, args)
         batch = batch._replace(advantage=advantage, target=target)
 
+    def step(learner: LearnerState, rows: Array) -> tuple[LearnerState, dict[str, Array]]:
+        minibatch = jax.tree.map(lambda x: x[rows], batch)  # [B, ...]
+        return minibatch_step(learner, minibatch, network, args)
+
     order = jax.random.permutation(shuffle_key, len(batch.mask))
-    order = order.reshape(args.num_minibatches, -1)
-    minibatches = jax.tree.map(lambda x: x[order], batch)  # [M, B, ...]
-    step = partial(minibatch_step, network=network, args=args)
-    new, metrics = jax.lax.scan(step, learner, minibatches)
+    new, metrics = jax.lax.scan(step, learner, order.reshape(args.num_minibatches, -1))
     metrics = jax.tree.map(jnp.mean, metrics)
     metrics["ran"] = 1 - epochs.stopped.astype(batch.mask.dtype)
 
@@ -963,8 +1000,10 @@ def apply_to_rollout(
     """Returns policy and values, [T + 1, N, K, ...], of a normalised rollout's observations."""
     axes = jax.tree.leaves(rollout.obs)[0].shape[:3]
     flat_obs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), rollout.obs)
-    found = network.apply(learner.params, flat_obs)
-    return jax.tree.map(lambda x: x.reshape(*axes, *x.shape[1:]), found)
+    size = rows_at_once(flat_obs, network.args)
+    chunks = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), flat_obs)
+    found = jax.lax.map(partial(network.apply, learner.params), chunks)
+    return jax.tree.map(lambda x: x.reshape(*axes, *x.shape[2:]), found)
 
 
 def estimate_advantages(

@@ -672,6 +672,14 @@ def average_over_processes(tree: Any, args: Args) -> Any:
     return unravel(jax.lax.pmean(flat, "process"))
 
 
+def loss_gradient(
+    learner: LearnerState, batch: Batch, network: nn.Module, args: Args
+) -> tuple[Any, dict[str, Array]]:
+    """Returns the gradient of ppo_loss in the parameters, like them, and its metrics."""
+    gradient = jax.grad(ppo_loss, has_aux=True)
+    return gradient(learner.params, batch, learner.schedule, network, args)
+
+
 def minibatch_step(
     learner: LearnerState, batch: Batch, network: nn.Module, args: Args
 ) -> tuple[LearnerState, dict[str, Array]]:
@@ -682,8 +690,7 @@ def minibatch_step(
         advantage = centre_and_scale(batch.advantage, batch.mask)
         batch = batch._replace(advantage=advantage)
     batch = own_share(batch, args)
-    gradient = jax.grad(ppo_loss, has_aux=True)
-    grads, metrics = gradient(learner.params, batch, learner.schedule, network, args)
+    grads, metrics = loss_gradient(learner, batch, network, args)
     grads, metrics = average_over_processes((grads, metrics), args)
     optimizer = make_optimizer(args)
     direction, opt_state = optimizer.update(grads, learner.opt_state, learner.params)
@@ -717,11 +724,12 @@ def epoch_step(
         advantage, target = estimate_advantages(learner, rollout, value, args)
         batch = batch._replace(advantage=advantage, target=target)
 
+    def step(learner: LearnerState, rows: Array) -> tuple[LearnerState, dict[str, Array]]:
+        minibatch = jax.tree.map(lambda x: x[rows], batch)  # [B, ...]
+        return minibatch_step(learner, minibatch, network, args)
+
     order = jax.random.permutation(shuffle_key, len(batch.mask))
-    order = order.reshape(args.num_minibatches, -1)
-    minibatches = jax.tree.map(lambda x: x[order], batch)  # [M, B, ...]
-    step = partial(minibatch_step, network=network, args=args)
-    new, metrics = jax.lax.scan(step, learner, minibatches)
+    new, metrics = jax.lax.scan(step, learner, order.reshape(args.num_minibatches, -1))
     metrics = jax.tree.map(jnp.mean, metrics)
     metrics["ran"] = 1 - epochs.stopped.astype(batch.mask.dtype)
 

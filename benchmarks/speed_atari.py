@@ -30,7 +30,8 @@ MINATAR = (
     " --log-interval 10"
 )
 PEER = """
-import sys, time
+import sys, time, ale_py, gymnasium
+gymnasium.register_envs(ale_py)
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.vec_env import VecFrameStack

@@ -52,8 +52,8 @@ MUTANTS = [
     ("update", "jnp.sqrt(jnp.mean(jnp.square(centred) * weight))", "jnp.std(centred)"),
     (
         "update",
-        "jax.tree.map(lambda x: x[order], batch)",
-        "jax.tree.map(lambda x: x[order[::-1]], batch)",
+        "order.reshape(args.num_minibatches, -1)",
+        "order[::-1].reshape(args.num_minibatches, -1)",
     ),
     ("update", "2 * learner.iteration + 1)", "2 * learner.iteration)"),
     ("update", "learner._replace(schedule=anneal(learner, args))", "learner"),
