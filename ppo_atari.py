@@ -121,7 +121,9 @@ class Args:
     video: bool = False
     """in eval mode, film an episode of the first seed as mp4 and GIF"""
     platform: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
-    """where updates run; rollouts stay on the CPU, beside the environments"""
+    """where updates run, and JAX-native environments"""
+    act_on: Literal["auto", "cpu", "device"] = "auto"
+    """policies of other environments: beside them, or where updates run (auto: so for images)"""
     distributed: bool = False
     """one of P processes started by mpirun or srun; each steps num_envs / P environments"""
     vectorization: Literal["sync", "async"] = "sync"
@@ -2092,26 +2094,40 @@ class Run(NamedTuple):  # everything that acts
     learner: LearnerState  # new, [S, ...], on the host
     runner: RunnerState
     act: Callable  # (runner, learner without opt_state) to runner and Transition [S, T, N, ...]
+    device: jax.Device | None  # where act runs; None: wherever its arguments are
     rollout_shape: Transition | None  # what act returns, as shapes; None: of JAX-native ones
+
+
+def acting_device(time_step: TimeStep, args: Args) -> jax.Device | None:
+    """Returns where policies of host-side environments act; None of JAX-native ones.
+
+    Small networks are done before an accelerator has been asked; for images it is worth the way.
+    """
+    if is_native(args):
+        return None
+    images = any(x.ndim > 3 for x in jax.tree.leaves(time_step.obs))  # [S*N, K, height, width]
+    if args.act_on == "device" or (args.act_on == "auto" and images):
+        return jax.local_devices()[0]
+    return jax.local_devices(backend="cpu")[0]
 
 
 def make_run(args: Args, env_seeds: list[int], new: bool = True, render: bool = False) -> Run:
     """Returns environments, networks, and the compiled rollout.
-
-    Host-side environments and their rollouts are on the CPU.
 
     Args:
         new: whether to initialise learners; without, `learner` holds only shapes.
         render: whether the environment can be filmed.
     """
     on_host = not is_native(args)
-    device = jax.local_devices(backend="cpu")[0] if on_host else None
+    host = jax.local_devices(backend="cpu")[0] if on_host else None
     # EnvPool's MuJoCo speaks float64, which nothing outside of rollouts may
-    with jax.enable_x64(on_host), jax.default_device(device):
+    with jax.enable_x64(on_host), jax.default_device(host):
         env = make_env(args, env_seeds, render)
         zeros = jnp.zeros(len(env_seeds), jnp.float32)
         env_state, time_step = env.first
+        device = acting_device(time_step, args)
         runner = RunnerState(env_state, time_step, Episode(zeros, zeros, zeros))
+        runner = jax.device_put(runner, device)
         network = ActorCritic(env.action_space, args)
         init = jax.jit(partial(init_learners, env.observation_space, network, args))
         learner = jax.device_get(init()) if new else jax.eval_shape(init)
@@ -2125,7 +2141,7 @@ def make_run(args: Args, env_seeds: list[int], new: bool = True, render: bool = 
             act = lowered.compile()
             _, rollout_shape = lowered.out_info
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    return Run(args, env, network, learner, runner, act, rollout_shape)
+    return Run(args, env, network, learner, runner, act, device, rollout_shape)
 
 
 class Iteration(NamedTuple):  # what a rollout and its update leave behind
@@ -2200,11 +2216,13 @@ def compile_update(run: Run, mesh: Mesh, args: Args) -> tuple[Callable, RunnerSt
     update_all = jax.jit(update_all, donate_argnums=0)
     given = put(run.learner, pspecs=BY_SEED), put(zeros, pspecs=ROLLOUT)
     update_all = update_all.lower(*given).compile()
+    # What an accelerator has seen stays there
+    collect = jax.device_get if run.device.platform == "cpu" else jax.block_until_ready
 
     def advance(learner: LearnerState, runner: RunnerState, count: int, seconds: dict) -> Iteration:
         with timed(seconds, "acting"):
             runner, transition = run.act(runner, learner._replace(opt_state=None))
-            transition = jax.device_get(transition)
+            transition = collect(transition)
         with timed(seconds, "learning"):
             given = put(learner, pspecs=BY_SEED), put(transition, pspecs=ROLLOUT)
             learner, metrics, bad = jax.device_get(update_all(*given))
@@ -2470,6 +2488,7 @@ FREE = {
     "eval_steps",
     "video",
     "platform",
+    "act_on",
     "distributed",
     "vectorization",
 }
