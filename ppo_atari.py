@@ -682,7 +682,7 @@ def draw_noise(key: Array, shape: tuple[int, ...], space: spaces.Discrete) -> Ar
 
 def sample_action(policy: Categorical, noise: Array) -> Array:
     """Returns choices [...] from Gumbel noise [..., U]; noise 0 gives the most likely."""
-    return jnp.argmax(policy.logits + noise, axis=-1)
+    return jnp.argmax(policy.logits + noise, axis=-1).astype(jnp.int32)
 
 
 def log_prob(policy: Categorical, action: Array) -> Array:
@@ -1344,6 +1344,17 @@ def open_env(args: Args, env_seeds: list[int], render: bool = False) -> Environm
     return env
 
 
+def acting_device(space: spaces.Space | dict, args: Args) -> jax.Device:
+    """Returns where policies of host-side environments act.
+
+    Small networks are done before an accelerator has been asked; for images it is worth the way.
+    """
+    images = any(x.ndim > 1 for x in jax.tree.leaves(empty_obs(space)))
+    if args.act_on == "device" or (args.act_on == "auto" and images):
+        return jax.local_devices()[0]
+    return jax.local_devices(backend="cpu")[0]
+
+
 def require_known(env_id: str, known: list[str]) -> None:
     """Stops with exit code 2 at an id that is none of the known ones, naming the nearest."""
     if env_id not in known:
@@ -1364,9 +1375,10 @@ def describe(error: BaseException) -> str:
 
 
 def make_envpool(args: Args, env_seeds: list[int], render: bool) -> Environment:
-    """Returns EnvPool's environments: send and recv are XLA calls, inside of the compiled scan.
+    """Returns EnvPool's environments.
 
-    Where an Atari game is over it says itself, as with episodic_life a lost life ends an episode.
+    On a CPU send and recv are XLA calls, inside of the compiled scan. EnvPool has such calls for
+    GPUs, too, but version 1.2.5 returns zeros there. Where an Atari game is over it says itself, as with episodic_life a lost life ends an episode.
     """
     settings = envpool_settings(args)
     if render:
@@ -1383,21 +1395,34 @@ def make_envpool(args: Args, env_seeds: list[int], render: bool) -> Environment:
     if args.obs == "ram":
         space = spaces.Box(0, 255, (128,), np.uint8)
 
-    def receive(handle: Array) -> tuple[Array, TimeStep]:
-        handle, (obs, reward, terminated, truncated, info) = recv(handle)
+    on_cpu = acting_device(space, args).platform == "cpu"
+
+    def show(obs: Any, reward: Array, terminated: Array, truncated: Array, info: dict) -> TimeStep:
         over = None
         if atari:
             over = truncated | (info["terminated"] > 0)
         if args.obs == "ram":
             obs = info["ram"]
         obs = jax.tree.map(lambda x: x[:, None], obs)  # K = 1
-        return handle, make_time_step(encode_obs(obs, space), reward, terminated, truncated, over)
+        return make_time_step(encode_obs(obs, space), reward, terminated, truncated, over)
+
+    def receive(handle: Array) -> tuple[Array, TimeStep]:
+        handle, raw = recv(handle)
+        return handle, show(*raw)
+
+    def host_step(action: Array) -> tuple:
+        return pool.step(np.asarray(action), ids)
 
     def step(handle: Array, action: Array) -> tuple[Array, TimeStep]:
-        return receive(send(handle, action.astype(action_dtype), ids))
+        action = action.astype(action_dtype)
+        if on_cpu:
+            return receive(send(handle, action, ids))
+        return handle, show(*io_callback(host_step, shapes, action, ordered=True))
 
     pool.async_reset()
-    first = jax.block_until_ready(jax.jit(receive)(jnp.asarray(handle)))
+    handle = jnp.asarray(handle)
+    _, shapes = jax.eval_shape(recv, handle)
+    first = jax.block_until_ready(jax.jit(receive)(handle))
     return Environment(
         native=False,
         first=first,
@@ -2098,19 +2123,6 @@ class Run(NamedTuple):  # everything that acts
     rollout_shape: Transition | None  # what act returns, as shapes; None: of JAX-native ones
 
 
-def acting_device(time_step: TimeStep, args: Args) -> jax.Device | None:
-    """Returns where policies of host-side environments act; None of JAX-native ones.
-
-    Small networks are done before an accelerator has been asked; for images it is worth the way.
-    """
-    if is_native(args):
-        return None
-    images = any(x.ndim > 3 for x in jax.tree.leaves(time_step.obs))  # [S*N, K, height, width]
-    if args.act_on == "device" or (args.act_on == "auto" and images):
-        return jax.local_devices()[0]
-    return jax.local_devices(backend="cpu")[0]
-
-
 def make_run(args: Args, env_seeds: list[int], new: bool = True, render: bool = False) -> Run:
     """Returns environments, networks, and the compiled rollout.
 
@@ -2125,7 +2137,7 @@ def make_run(args: Args, env_seeds: list[int], new: bool = True, render: bool = 
         env = make_env(args, env_seeds, render)
         zeros = jnp.zeros(len(env_seeds), jnp.float32)
         env_state, time_step = env.first
-        device = acting_device(time_step, args)
+        device = acting_device(env.observation_space, args) if on_host else None
         runner = RunnerState(env_state, time_step, Episode(zeros, zeros, zeros))
         runner = jax.device_put(runner, device)
         network = ActorCritic(env.action_space, args)

@@ -985,6 +985,17 @@ def open_env(args: Args, env_seeds: list[int], render: bool = False) -> Environm
     return env
 
 
+def acting_device(space: spaces.Space | dict, args: Args) -> jax.Device:
+    """Returns where policies of host-side environments act.
+
+    Small networks are done before an accelerator has been asked; for images it is worth the way.
+    """
+    images = any(x.ndim > 1 for x in jax.tree.leaves(empty_obs(space)))
+    if args.act_on == "device" or (args.act_on == "auto" and images):
+        return jax.local_devices()[0]
+    return jax.local_devices(backend="cpu")[0]
+
+
 def require_known(env_id: str, known: list[str]) -> None:
     """Stops with exit code 2 at an id that is none of the known ones, naming the nearest."""
     if env_id not in known:
@@ -1005,9 +1016,11 @@ def describe(error: BaseException) -> str:
 
 
 def make_envpool(args: Args, env_seeds: list[int], render: bool) -> Environment:
-    """Returns EnvPool's environments: send and recv are XLA calls, inside of the compiled scan.
+    """Returns EnvPool's environments.
 
-    MuJoCo speaks float64 there; nothing beyond these functions does.
+    On a CPU send and recv are XLA calls, inside of the compiled scan. EnvPool has such calls for
+    GPUs, too, but version 1.2.5 returns zeros there. MuJoCo speaks float64; nothing beyond these
+    functions does.
     """
     settings = read_env_kwargs(args)
     if render:
@@ -1020,17 +1033,32 @@ def make_envpool(args: Args, env_seeds: list[int], render: bool) -> Environment:
     ids = np.arange(size, dtype=np.int32)
     action_dtype = list(pool.spec.action_array_spec.values())[-1].dtype
 
-    def receive(handle: Array) -> tuple[Array, TimeStep]:
-        handle, (obs, reward, terminated, truncated, _) = recv(handle)
+    on_cpu = acting_device(pool.observation_space, args).platform == "cpu"
+
+    def show(obs: Any, reward: Array, terminated: Array, truncated: Array) -> TimeStep:
         obs = jax.tree.map(lambda x: x[:, None], obs)  # K = 1
         obs = encode_obs(obs, pool.observation_space)
-        return handle, make_time_step(obs, reward, terminated, truncated)
+        return make_time_step(obs, reward, terminated, truncated)
+
+    def receive(handle: Array) -> tuple[Array, TimeStep]:
+        handle, (*raw, _) = recv(handle)
+        return handle, show(*raw)
+
+    def host_step(action: Array) -> tuple:
+        obs, *others, _ = pool.step(np.asarray(action), ids)
+        return jax.tree.map(as_number, obs), *others
 
     def step(handle: Array, action: Array) -> tuple[Array, TimeStep]:
-        return receive(send(handle, action.astype(action_dtype), ids))
+        action = action.astype(action_dtype)
+        if on_cpu:
+            return receive(send(handle, action, ids))
+        return handle, show(*io_callback(host_step, shapes, action, ordered=True))
 
     pool.async_reset()
-    first = jax.block_until_ready(jax.jit(receive)(jnp.asarray(handle)))
+    handle = jnp.asarray(handle)
+    _, (obs, *others, _) = jax.eval_shape(recv, handle)
+    shapes = jax.eval_shape(partial(jax.tree.map, as_number), obs), *others
+    first = jax.block_until_ready(jax.jit(receive)(handle))
     return Environment(
         native=False,
         first=first,
@@ -1744,19 +1772,6 @@ class Run(NamedTuple):  # everything that acts
     rollout_shape: Transition | None  # what act returns, as shapes; None: of JAX-native ones
 
 
-def acting_device(time_step: TimeStep, args: Args) -> jax.Device | None:
-    """Returns where policies of host-side environments act; None of JAX-native ones.
-
-    Small networks are done before an accelerator has been asked; for images it is worth the way.
-    """
-    if is_native(args):
-        return None
-    images = any(x.ndim > 3 for x in jax.tree.leaves(time_step.obs))  # [S*N, K, height, width]
-    if args.act_on == "device" or (args.act_on == "auto" and images):
-        return jax.local_devices()[0]
-    return jax.local_devices(backend="cpu")[0]
-
-
 def make_run(args: Args, env_seeds: list[int], new: bool = True, render: bool = False) -> Run:
     """Returns environments, networks, and the compiled rollout.
 
@@ -1771,7 +1786,7 @@ def make_run(args: Args, env_seeds: list[int], new: bool = True, render: bool = 
         env = make_env(args, env_seeds, render)
         zeros = jnp.zeros(len(env_seeds), jnp.float32)
         env_state, time_step = env.first
-        device = acting_device(time_step, args)
+        device = acting_device(env.observation_space, args) if on_host else None
         runner = RunnerState(env_state, time_step, Episode(zeros, zeros, zeros))
         runner = jax.device_put(runner, device)
         network = ActorCritic(env.action_space, args)
