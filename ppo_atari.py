@@ -1378,7 +1378,8 @@ def make_envpool(args: Args, env_seeds: list[int], render: bool) -> Environment:
     """Returns EnvPool's environments.
 
     On a CPU send and recv are XLA calls, inside of the compiled scan. EnvPool has such calls for
-    GPUs, too, but version 1.2.5 returns zeros there. Where an Atari game is over it says itself, as with episodic_life a lost life ends an episode.
+    GPUs, too, but version 1.2.5 returns zeros there. Where an Atari game is over it says itself,
+    as with episodic_life a lost life ends an episode.
     """
     settings = envpool_settings(args)
     if render:
