@@ -993,6 +993,11 @@ def acting_device(space: spaces.Space | dict, args: Args) -> jax.Device:
     images = any(x.ndim > 1 for x in jax.tree.leaves(empty_obs(space)))
     if args.act_on == "device" or (args.act_on == "auto" and images):
         return jax.local_devices()[0]
+    return cpu()
+
+
+def cpu() -> jax.Device:
+    """Returns the device beside host-side environments."""
     return jax.local_devices(backend="cpu")[0]
 
 
@@ -1016,11 +1021,9 @@ def describe(error: BaseException) -> str:
 
 
 def make_envpool(args: Args, env_seeds: list[int], render: bool) -> Environment:
-    """Returns EnvPool's environments.
+    """Returns EnvPool's environments: send and recv are XLA calls, inside of the compiled scan.
 
-    On a CPU send and recv are XLA calls, inside of the compiled scan. EnvPool has such calls for
-    GPUs, too, but version 1.2.5 returns zeros there. MuJoCo speaks float64; nothing beyond these
-    functions does.
+    MuJoCo speaks float64 there; nothing beyond these functions does.
     """
     settings = read_env_kwargs(args)
     if render:
@@ -1033,32 +1036,17 @@ def make_envpool(args: Args, env_seeds: list[int], render: bool) -> Environment:
     ids = np.arange(size, dtype=np.int32)
     action_dtype = list(pool.spec.action_array_spec.values())[-1].dtype
 
-    on_cpu = acting_device(pool.observation_space, args).platform == "cpu"
-
-    def show(obs: Any, reward: Array, terminated: Array, truncated: Array) -> TimeStep:
+    def receive(handle: Array) -> tuple[Array, TimeStep]:
+        handle, (obs, reward, terminated, truncated, _) = recv(handle)
         obs = jax.tree.map(lambda x: x[:, None], obs)  # K = 1
         obs = encode_obs(obs, pool.observation_space)
-        return make_time_step(obs, reward, terminated, truncated)
-
-    def receive(handle: Array) -> tuple[Array, TimeStep]:
-        handle, (*raw, _) = recv(handle)
-        return handle, show(*raw)
-
-    def host_step(action: Array) -> tuple:
-        obs, *others, _ = pool.step(np.asarray(action), ids)
-        return jax.tree.map(as_number, obs), *others
+        return handle, make_time_step(obs, reward, terminated, truncated)
 
     def step(handle: Array, action: Array) -> tuple[Array, TimeStep]:
-        action = action.astype(action_dtype)
-        if on_cpu:
-            return receive(send(handle, action, ids))
-        return handle, show(*io_callback(host_step, shapes, action, ordered=True))
+        return receive(send(handle, action.astype(action_dtype), ids))
 
     pool.async_reset()
-    handle = jnp.asarray(handle)
-    _, (obs, *others, _) = jax.eval_shape(recv, handle)
-    shapes = jax.eval_shape(partial(jax.tree.map, as_number), obs), *others
-    first = jax.block_until_ready(jax.jit(receive)(handle))
+    first = jax.block_until_ready(jax.jit(receive)(jnp.asarray(handle)))
     return Environment(
         native=False,
         first=first,
@@ -1541,33 +1529,56 @@ def go_on(episode: Episode, last: TimeStep, new: TimeStep, gamma: Array) -> Epis
     )
 
 
-def env_step(
-    runner: RunnerState,
-    noise: Array,
-    learner: LearnerState,
-    env: Environment,
-    network: nn.Module,
-    args: Args,
-) -> tuple[RunnerState, Transition]:
-    """Returns the runner and the transition, leaves [S*N, ...], after one step.
+def draw_rollout_noise(
+    learner: LearnerState, first_env: Array | int, envs: int, env: Environment, args: Args
+) -> Array:
+    """Returns the noise of a rollout's actions, [T, S, N, ...], N = envs.
+
+    It is the same for an environment, however many processes or devices share them out.
+    """
+
+    def draw(key: Array) -> Array:
+        noise = draw_noise(key, (args.num_steps, args.num_envs), env.action_space)
+        return jax.lax.dynamic_slice_in_dim(noise, first_env, envs, axis=1)
+
+    # Even numbers are folded in for rollouts, odd ones for updates
+    keys = jax.vmap(jax.random.fold_in)(learner.key, 2 * learner.iteration)
+    noise = jax.vmap(draw, out_axes=1)(keys)
+    if args.mode == "eval" and args.deterministic:
+        noise = 0 * noise
+    return noise
+
+
+def choose_action(
+    obs: Any, noise: Array, learner: LearnerState, network: nn.Module, args: Args
+) -> Array:
+    """Returns sampled actions [S*N, ...] for observations, leaves [S*N, K, ...].
 
     Args:
         noise: for sample_action, [S, N, ...].
         learner: leaves [S, ...].
     """
     seeds, envs = noise.shape[:2]
-    last = runner.time_step
-    obs = jax.tree.map(lambda x: x[:, 0].reshape(seeds, envs, *x.shape[2:]), last.obs)
+    obs = jax.tree.map(lambda x: x[:, 0].reshape(seeds, envs, *x.shape[2:]), obs)
     normalize_leaf = jax.vmap(partial(normalize, bound=args.clip_obs))
     obs = jax.tree.map(normalize_leaf, obs, learner.obs_stats)
     policy, _ = jax.vmap(network.apply)(learner.params, obs)
     action = sample_action(policy, noise)
-    action = action.reshape(seeds * envs, *action.shape[2:])
-    env_state, new = env.step(runner.env_state, env_action(action, env.action_space, args))
+    return action.reshape(seeds * envs, *action.shape[2:])
 
+
+def after_step(
+    runner: RunnerState, action: Array, env_state: Any, new: TimeStep, gamma: Array
+) -> tuple[RunnerState, Transition]:
+    """Returns the runner and the transition, leaves [S*N, ...], after a step to `new`.
+
+    Args:
+        gamma: of the seeds, [S].
+    """
+    last = runner.time_step
     # After an episode's end the environment has only reset itself
     mask = 1 - (last.terminated | last.truncated).astype(jnp.float32)
-    gamma = jnp.repeat(learner.schedule.gamma, envs)
+    gamma = jnp.repeat(gamma, len(mask) // len(gamma))
     episode = go_on(runner.episode, last, new, gamma)
     transition = Transition(
         obs=last.obs,
@@ -1582,6 +1593,26 @@ def env_step(
         discounted_return=episode.discounted,
     )
     return RunnerState(env_state=env_state, time_step=new, episode=episode), transition
+
+
+def env_step(
+    runner: RunnerState,
+    noise: Array,
+    learner: LearnerState,
+    env: Environment,
+    network: nn.Module,
+    args: Args,
+) -> tuple[RunnerState, Transition]:
+    """Returns the runner and the transition, leaves [S*N, ...], after one step."""
+    action = choose_action(runner.time_step.obs, noise, learner, network, args)
+    env_state, new = env.step(runner.env_state, env_action(action, env.action_space, args))
+    return after_step(runner, action, env_state, new, learner.schedule.gamma)
+
+
+def by_seed(x: Array, envs: int) -> Array:
+    """Returns a leaf [T, S*N, ...] as [S, T, N, ...]."""
+    x = x.reshape(len(x), -1, envs, *x.shape[2:])
+    return jnp.moveaxis(x, 1, 0)
 
 
 def rollout(
@@ -1600,25 +1631,66 @@ def rollout(
         first_env: of a seed's num_envs environments, which one the runner's begin with.
     """
     envs = len(runner.time_step.reward) // len(learner.iteration)
-
-    def draw(key: Array) -> Array:  # the same for an environment, however many share them out
-        noise = draw_noise(key, (args.num_steps, args.num_envs), env.action_space)
-        return jax.lax.dynamic_slice_in_dim(noise, first_env, envs, axis=1)
-
-    def by_seed(x: Array) -> Array:  # [T, S*N, ...] to [S, T, N, ...]
-        x = x.reshape(len(x), -1, envs, *x.shape[2:])
-        return jnp.moveaxis(x, 1, 0)
-
-    # Even numbers are folded in for rollouts, odd ones for updates
-    keys = jax.vmap(jax.random.fold_in)(learner.key, 2 * learner.iteration)
-    noise = jax.vmap(draw, out_axes=1)(keys)  # [T, S, N, ...]
-    if args.mode == "eval" and args.deterministic:
-        noise = 0 * noise
+    noise = draw_rollout_noise(learner, first_env, envs, env, args)
     step = partial(env_step, learner=learner, env=env, network=network, args=args)
     runner, transition = jax.lax.scan(step, runner, noise)
     last = runner.time_step.obs
     obs = jax.tree.map(lambda x, y: jnp.concatenate([x, y[None]]), transition.obs, last)
-    return runner, jax.tree.map(by_seed, transition._replace(obs=obs))
+    return runner, jax.tree.map(partial(by_seed, envs=envs), transition._replace(obs=obs))
+
+
+def make_stepwise(
+    runner: RunnerState,
+    learner: LearnerState,
+    env: Environment,
+    network: nn.Module,
+    args: Args,
+    device: jax.Device,
+) -> Callable:
+    """Returns `rollout` of host-side environments, whose policies act on an accelerator.
+
+    Programs there cannot call environments (EnvPool 1.2.5 returns zeros, XLA does not compile
+    callbacks in loops): each step's observations go there, and stay, and its actions come back.
+    """
+    host = cpu()
+    envs = len(runner.time_step.reward) // args.num_seeds
+    draw = jax.jit(
+        partial(draw_rollout_noise, first_env=first_env(args), envs=envs, env=env, args=args)
+    )
+    choose = jax.jit(partial(choose_action, network=network, args=args))
+
+    def step(runner: RunnerState, action: Array, gamma: Array) -> tuple[RunnerState, Transition]:
+        actions = env_action(action, env.action_space, args)
+        env_state, new = env.step(runner.env_state, actions)
+        return after_step(runner, action, env_state, new, gamma)
+
+    def first_action(learner: LearnerState) -> Array:
+        return choose(runner.time_step.obs, draw(learner)[0], learner)
+
+    @jax.jit
+    def join(parts: list[Any]) -> Any:
+        return jax.tree.map(lambda *x: by_seed(jnp.stack(x), envs), *parts)
+
+    action = jax.eval_shape(first_action, learner)
+    step = jax.jit(step).lower(runner, action, learner.schedule.gamma).compile()
+
+    def act(runner: RunnerState, learner: LearnerState) -> tuple[RunnerState, Transition]:
+        gamma = learner.schedule.gamma
+        seen = []
+        steps = []
+        with jax.enable_x64(True), jax.default_device(host):
+            noise = np.asarray(draw(learner))
+            learner = jax.device_put(learner, device)
+            for t in range(args.num_steps):
+                seen.append(jax.device_put(runner.time_step.obs, device))
+                action = jax.device_put(choose(seen[t], noise[t], learner), host)
+                runner, transition = step(runner, action, gamma)
+                steps.append(transition._replace(obs=None))
+            seen.append(jax.device_put(runner.time_step.obs, device))
+            transitions = jax.device_get(join(steps))
+            return runner, transitions._replace(obs=join(seen))
+
+    return act
 
 
 # --- Run ---
@@ -1780,7 +1852,7 @@ def make_run(args: Args, env_seeds: list[int], new: bool = True, render: bool = 
         render: whether the environment can be filmed.
     """
     on_host = not is_native(args)
-    host = jax.local_devices(backend="cpu")[0] if on_host else None
+    host = cpu() if on_host else None
     # EnvPool's MuJoCo speaks float64, which nothing outside of rollouts may
     with jax.enable_x64(on_host), jax.default_device(host):
         env = make_env(args, env_seeds, render)
@@ -1788,7 +1860,6 @@ def make_run(args: Args, env_seeds: list[int], new: bool = True, render: bool = 
         env_state, time_step = env.first
         device = acting_device(env.observation_space, args) if on_host else None
         runner = RunnerState(env_state, time_step, Episode(zeros, zeros, zeros))
-        runner = jax.device_put(runner, device)
         network = ActorCritic(env.action_space, args)
         init = jax.jit(partial(init_learners, env.observation_space, network, args))
         learner = jax.device_get(init()) if new else jax.eval_shape(init)
@@ -1798,9 +1869,12 @@ def make_run(args: Args, env_seeds: list[int], new: bool = True, render: bool = 
         if on_host:
             # It holds a pointer, and so is of no use to other processes
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
-            lowered = act.lower(runner, learner._replace(opt_state=None))
-            act = lowered.compile()
-            _, rollout_shape = lowered.out_info
+            given = runner, learner._replace(opt_state=None)
+            _, rollout_shape = jax.eval_shape(act, *given)
+            if device == host:
+                act = act.lower(*given).compile()
+            else:
+                act = make_stepwise(*given, env, network, args, device)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     return Run(args, env, network, learner, runner, act, device, rollout_shape)
 

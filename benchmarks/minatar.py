@@ -22,9 +22,8 @@ from speed_atari import CONFIG, ROOT
 
 GAMES = ("Breakout", "Asterix", "Freeway", "SpaceInvaders")
 FLAGS = (
-    "--num-envs 64 --num-steps 128 --num-minibatches 8 --learning-rate 5e-3 --clip-coef 0.2"
-    " --network mlp --hidden-sizes 64 64 --critic-sizes 64 64 --log-interval 10"
-    " --checkpoint-interval 200"
+    "--num-envs 64 --num-steps 128 --num-minibatches 8 --learning-rate 2.5e-3 --clip-coef 0.2"
+    " --log-interval 10 --checkpoint-interval 50"
 )
 PUREJAXRL = """
 import json, sys, jax, numpy as np
