@@ -506,6 +506,8 @@ def conv(x: Array, kernel: Array, stride: int) -> Array:
         kernel: [rows, columns, channels, features].
     """
     by_products = partial(conv_by_products, stride=stride)
+    if max(x.shape[1:3]) <= 16:  # on an H100, too: with 5 seeds MinAtar trains 1.6 times as fast
+        return by_products(x, kernel)
     by_library = partial(conv_by_library, stride=stride)
     return jax.lax.platform_dependent(x, kernel, cpu=by_products, default=by_library)
 

@@ -89,14 +89,16 @@ def test_idle_cores_share_large_minibatches(tmp_path, script):
 
 
 @pytest.mark.costly
-def test_updates_on_another_device_than_rollouts(run, tmp_path, script):
-    """As on a GPU machine: what comes out is the same, to the last bit."""
+@pytest.mark.parametrize("acting", [0, 1])
+def test_updates_on_another_device_than_environments(run, tmp_path, script, acting):
+    """As on a GPU machine, policies here or there: what comes out is the same, to the last bit."""
     code = f"""
 import jax, numpy as np, {script} as m
 def configure(args):
     jax.config.update("jax_num_cpu_devices", 2)
     return m.Mesh(np.array(jax.devices()[1:])[None], ("process", "seed"))
 m.configure = configure
+m.acting_device = lambda *_: jax.devices()[{acting}]
 m.main()
 """
     flags = ["--env-id", "Pendulum-v1", "--num-envs", 4, "--total-timesteps", 768]
