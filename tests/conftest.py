@@ -11,7 +11,9 @@ import pytest
 from processes import execute
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX starts
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # half of the time goes into compilation
+# Half of the time goes into compilation
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(ROOT.glob("ppo_*.py"))
@@ -124,7 +126,7 @@ def run(tmp_path):
     def run(script, *args, check=True, learns=False):
         if learns:
             line = command(script, *args)
-            env = environment(JAX_DISABLE_MOST_OPTIMIZATIONS="0")
+            env = environment(JAX_DISABLE_MOST_OPTIMIZATIONS="0", XLA_FLAGS="")
             done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True)
         else:
             settings = [] if "eval" in args else SMALL[script]

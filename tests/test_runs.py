@@ -261,7 +261,7 @@ def test_copied_script_runs_alone(tmp_path, path):
     """It needs nothing of this repository: trains, evaluates and films from an empty folder."""
     shutil.copy(path, tmp_path / "mine.py")
     task = "MountainCar-v0" if path.stem == "ppo_atari" else "MountainCarContinuous-v0"
-    flags = ["--env-id", task, "--run-dir", "a"]
+    flags = ["--env-id", task, "--env-kwargs", '{"max_episode_steps": 50}', "--run-dir", "a"]
     for extra in (SMALL[path.stem], ["--mode", "eval", "--eval-episodes", "1", "--video"]):
         alone = [sys.executable, "-I", str(tmp_path / "mine.py"), *flags, *extra]
         done = subprocess.run(alone, cwd=tmp_path, capture_output=True, text=True)
