@@ -28,6 +28,7 @@ def assert_close(folder, other, **tolerance):
     jax.tree.map(compare, saved(folder), saved(other))
 
 
+@pytest.mark.costly
 def test_same_command_same_curves(run, tmp_path, script):
     """To the last bit; and the files and figures that a run leaves behind."""
     for name in ("a", "b"):
@@ -80,6 +81,7 @@ def test_two_processes_compute_what_one_does(run, tmp_path, script):
     assert_close(tmp_path / "one", tmp_path / "two", rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.costly
 def test_idle_cores_share_large_minibatches(tmp_path, script):
     """What cores compute that seeds leave idle is what a single core does."""
     flags = ["--env-id", "Pendulum-v1", "--num-envs", 4, "--total-timesteps", 768]
