@@ -322,6 +322,7 @@ class Transition(NamedTuple):  # one step; a rollout stacks T of them: [T, N, ..
     episodic_return: Array  # real and unclipped, so far
     episodic_length: Array
     discounted_return: Array  # of raw rewards, so far: what scales rewards
+    said: Any = None  # what `keep` kept of the network's answer
 
 
 class Batch(NamedTuple):  # decisions, [B, ...]
@@ -1023,7 +1024,7 @@ def cpu() -> jax.Device:
 def require_known(env_id: str, known: list[str]) -> None:
     """Stops with exit code 2 at an id that is none of the known ones, naming the nearest."""
     if env_id not in known:
-        nearest = ", ".join(difflib.get_close_matches(env_id, known)) or "none"
+        nearest = ", ".join(difflib.get_close_matches(env_id, sorted(set(known)))) or "none"
         fail(f"--env-id {env_id} is unknown; nearest: {nearest}")
 
 
@@ -1563,12 +1564,17 @@ def draw_rollout_noise(
     return noise
 
 
+def keep(policy: Gaussian, value: Array) -> None:
+    """Keeps nothing of what a network said: the update asks again, in one batch."""
+
+
 def choose_action(
     obs: Any, noise: Array, learner: LearnerState, network: nn.Module, args: Args
-) -> Array:
-    """Returns sampled actions [S*N, ...] for observations, leaves [S*N, K, ...].
+) -> tuple[Array, Any]:
+    """Returns sampled actions, and what is kept of the network's answer, leaves [S*N, ...].
 
     Args:
+        obs: leaves [S*N, K, ...].
         noise: for sample_action, [S, N, ...].
         learner: leaves [S, ...].
     """
@@ -1576,19 +1582,21 @@ def choose_action(
     obs = jax.tree.map(lambda x: x[:, 0].reshape(seeds, envs, *x.shape[2:]), obs)
     normalize_leaf = jax.vmap(partial(normalize, bound=args.clip_obs))
     obs = jax.tree.map(normalize_leaf, obs, learner.obs_stats)
-    policy, _ = jax.vmap(network.apply)(learner.params, obs)
-    action = sample_action(policy, noise)
-    return action.reshape(seeds * envs, *action.shape[2:])
+    policy, value = jax.vmap(network.apply)(learner.params, obs)
+    found = sample_action(policy, noise), keep(policy, value)
+    return jax.tree.map(lambda x: x.reshape(seeds * envs, *x.shape[2:]), found)
 
 
 def after_step(
-    runner: RunnerState, action: Array, env_state: Any, new: TimeStep, gamma: Array
+    runner: RunnerState, chosen: tuple, env_state: Any, new: TimeStep, gamma: Array
 ) -> tuple[RunnerState, Transition]:
     """Returns the runner and the transition, leaves [S*N, ...], after a step to `new`.
 
     Args:
+        chosen: what choose_action returned.
         gamma: of the seeds, [S].
     """
+    action, said = chosen
     last = runner.time_step
     # After an episode's end the environment has only reset itself
     mask = 1 - (last.terminated | last.truncated).astype(jnp.float32)
@@ -1605,6 +1613,7 @@ def after_step(
         episodic_return=episode.total,
         episodic_length=episode.length,
         discounted_return=episode.discounted,
+        said=said,
     )
     return RunnerState(env_state=env_state, time_step=new, episode=episode), transition
 
@@ -1618,9 +1627,10 @@ def env_step(
     args: Args,
 ) -> tuple[RunnerState, Transition]:
     """Returns the runner and the transition, leaves [S*N, ...], after one step."""
-    action = choose_action(runner.time_step.obs, noise, learner, network, args)
-    env_state, new = env.step(runner.env_state, env_action(action, env.action_space, args))
-    return after_step(runner, action, env_state, new, learner.schedule.gamma)
+    chosen = choose_action(runner.time_step.obs, noise, learner, network, args)
+    action = env_action(chosen[0], env.action_space, args)
+    env_state, new = env.step(runner.env_state, action)
+    return after_step(runner, chosen, env_state, new, learner.schedule.gamma)
 
 
 def by_seed(x: Array, envs: int) -> Array:
@@ -1673,20 +1683,20 @@ def make_stepwise(
     )
     choose = jax.jit(partial(choose_action, network=network, args=args))
 
-    def step(runner: RunnerState, action: Array, gamma: Array) -> tuple[RunnerState, Transition]:
-        actions = env_action(action, env.action_space, args)
-        env_state, new = env.step(runner.env_state, actions)
-        return after_step(runner, action, env_state, new, gamma)
+    def step(runner: RunnerState, chosen: tuple, gamma: Array) -> tuple[RunnerState, Transition]:
+        action = env_action(chosen[0], env.action_space, args)
+        env_state, new = env.step(runner.env_state, action)
+        return after_step(runner, chosen, env_state, new, gamma)
 
-    def first_action(learner: LearnerState) -> Array:
+    def first_choice(learner: LearnerState) -> tuple:
         return choose(runner.time_step.obs, draw(learner)[0], learner)
 
     @jax.jit
     def join(parts: list[Any]) -> Any:
         return jax.tree.map(lambda *x: by_seed(jnp.stack(x), envs), *parts)
 
-    action = jax.eval_shape(first_action, learner)
-    step = jax.jit(step).lower(runner, action, learner.schedule.gamma).compile()
+    chosen = jax.eval_shape(first_choice, learner)
+    step = jax.jit(step).lower(runner, chosen, learner.schedule.gamma).compile()
 
     def act(runner: RunnerState, learner: LearnerState) -> tuple[RunnerState, Transition]:
         gamma = learner.schedule.gamma
@@ -1697,8 +1707,8 @@ def make_stepwise(
             learner = jax.device_put(learner, device)
             for t in range(args.num_steps):
                 seen.append(jax.device_put(runner.time_step.obs, device))
-                action = jax.device_put(choose(seen[t], noise[t], learner), host)
-                runner, transition = step(runner, action, gamma)
+                chosen = jax.device_put(choose(seen[t], noise[t], learner), host)
+                runner, transition = step(runner, chosen, gamma)
                 steps.append(transition._replace(obs=None))
             seen.append(jax.device_put(runner.time_step.obs, device))
             transitions = jax.device_get(join(steps))

@@ -14,7 +14,7 @@ from conftest import ROOT, environment, load
 from gymnasium import spaces
 from processes import execute
 from runs import result
-from test_environments import assert_next_step_resets, play
+from test_environments import KEPT, assert_next_step_resets, play
 
 B = 24
 CHOICES = 5
@@ -374,6 +374,21 @@ def pixel_rollout(atari, args):
         discounted_return=zeros,
     )
     return network, learner, transition
+
+
+def test_what_was_said_is_what_the_network_says(atari):
+    """What a rollout kept of the network's answers equals asking again, also for the last row."""
+    args = atari.Args(env_id="Pong-v5", num_envs=2, num_steps=5)
+    run = atari.make_run(args, atari.seeds_of_envs(args))
+    KEPT.append(run)
+    _, transition = run.act(run.runner, run.learner._replace(opt_state=None))
+    learner, rollout = jax.tree.map(lambda x: x[0], (run.learner, transition))
+    kept = atari.apply_to_rollout(learner, rollout, run.network)
+    anew = atari.apply_to_rollout(learner, rollout._replace(said=None), run.network)
+    for mine, again in zip(jax.tree.leaves(kept), jax.tree.leaves(anew), strict=True):
+        assert mine.shape[:3] == (6, 2, 1)
+        assert np.ptp(again) > 0
+        np.testing.assert_allclose(mine, again, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("device", ["cuda", "tpu"])
