@@ -117,7 +117,7 @@ def minatar(python: str, checkout: Path, repeats: int, iterations: int) -> dict:
 def calculate(epochs: int = 4, steps: int = 128) -> None:
     """Prints what an iteration of Atari costs, by number of environments."""
     forward = 2 * MULTIPLICATIONS
-    update = forward * (1 + 3 * epochs)  # old values once; a gradient costs two forward passes more
+    update = forward * 3 * epochs  # a gradient costs two forward passes more
     print("environments | MB to the device an iteration | GFlop rollout | GFlop update")
     for envs in (8, 16, 32, 64, 128, 256):
         rows = envs * steps
