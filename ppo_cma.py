@@ -1587,10 +1587,10 @@ def choose_action(
     return jax.tree.map(lambda x: x.reshape(seeds * envs, *x.shape[2:]), found)
 
 
-def after_step(
-    runner: RunnerState, chosen: tuple, env_state: Any, new: TimeStep, gamma: Array
+def take_step(
+    runner: RunnerState, chosen: tuple, gamma: Array, env: Environment, args: Args
 ) -> tuple[RunnerState, Transition]:
-    """Returns the runner and the transition, leaves [S*N, ...], after a step to `new`.
+    """Returns the runner and the transition, leaves [S*N, ...], after a step of environments.
 
     Args:
         chosen: what choose_action returned.
@@ -1598,6 +1598,8 @@ def after_step(
     """
     action, said = chosen
     last = runner.time_step
+    env_state, new = env.step(runner.env_state, env_action(action, env.action_space, args))
+
     # After an episode's end the environment has only reset itself
     mask = 1 - (last.terminated | last.truncated).astype(jnp.float32)
     gamma = jnp.repeat(gamma, len(mask) // len(gamma))
@@ -1626,11 +1628,9 @@ def env_step(
     network: nn.Module,
     args: Args,
 ) -> tuple[RunnerState, Transition]:
-    """Returns the runner and the transition, leaves [S*N, ...], after one step."""
+    """Returns the runner and the transition, leaves [S*N, ...], after a choice and a step."""
     chosen = choose_action(runner.time_step.obs, noise, learner, network, args)
-    action = env_action(chosen[0], env.action_space, args)
-    env_state, new = env.step(runner.env_state, action)
-    return after_step(runner, chosen, env_state, new, learner.schedule.gamma)
+    return take_step(runner, chosen, learner.schedule.gamma, env, args)
 
 
 def by_seed(x: Array, envs: int) -> Array:
@@ -1678,15 +1678,9 @@ def make_stepwise(
     """
     host = cpu()
     envs = len(runner.time_step.reward) // args.num_seeds
-    draw = jax.jit(
-        partial(draw_rollout_noise, first_env=first_env(args), envs=envs, env=env, args=args)
-    )
+    first = first_env(args)
+    draw = jax.jit(partial(draw_rollout_noise, first_env=first, envs=envs, env=env, args=args))
     choose = jax.jit(partial(choose_action, network=network, args=args))
-
-    def step(runner: RunnerState, chosen: tuple, gamma: Array) -> tuple[RunnerState, Transition]:
-        action = env_action(chosen[0], env.action_space, args)
-        env_state, new = env.step(runner.env_state, action)
-        return after_step(runner, chosen, env_state, new, gamma)
 
     def first_choice(learner: LearnerState) -> tuple:
         return choose(runner.time_step.obs, draw(learner)[0], learner)
@@ -1696,7 +1690,8 @@ def make_stepwise(
         return jax.tree.map(lambda *x: by_seed(jnp.stack(x), envs), *parts)
 
     chosen = jax.eval_shape(first_choice, learner)
-    step = jax.jit(step).lower(runner, chosen, learner.schedule.gamma).compile()
+    step = jax.jit(partial(take_step, env=env, args=args))
+    step = step.lower(runner, chosen, learner.schedule.gamma).compile()
 
     def act(runner: RunnerState, learner: LearnerState) -> tuple[RunnerState, Transition]:
         gamma = learner.schedule.gamma
@@ -1921,7 +1916,6 @@ class Run(NamedTuple):  # everything that acts
     learner: LearnerState  # new, [S, ...], on the host
     runner: RunnerState
     act: Callable  # (runner, learner without opt_state) to runner and Transition [S, T, N, ...]
-    device: jax.Device | None  # where act runs; None: wherever its arguments are
     rollout_shape: Transition | None  # what act returns, as shapes; None: of JAX-native ones
 
 
@@ -1939,7 +1933,6 @@ def make_run(args: Args, env_seeds: list[int], new: bool = True, render: bool = 
         env = make_env(args, env_seeds, render)
         zeros = jnp.zeros(len(env_seeds), jnp.float32)
         env_state, time_step = env.first
-        device = acting_device(env.observation_space, args) if on_host else None
         runner = RunnerState(env_state, time_step, Episode(zeros, zeros, zeros))
         network = ActorCritic(env.action_space, args)
         init = jax.jit(partial(init_learners, env.observation_space, network, args))
@@ -1952,12 +1945,13 @@ def make_run(args: Args, env_seeds: list[int], new: bool = True, render: bool = 
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
             given = runner, learner._replace(opt_state=None)
             _, rollout_shape = jax.eval_shape(act, *given)
+            device = acting_device(env.observation_space, args)
             if device == host:
                 act = act.lower(*given).compile()
             else:
                 act = make_stepwise(*given, env, network, args, device)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    return Run(args, env, network, learner, runner, act, device, rollout_shape)
+    return Run(args, env, network, learner, runner, act, rollout_shape)
 
 
 class Iteration(NamedTuple):  # what a rollout and its update leave behind
@@ -2032,8 +2026,9 @@ def compile_update(run: Run, mesh: Mesh, args: Args) -> tuple[Callable, RunnerSt
     update_all = jax.jit(update_all, donate_argnums=0)
     given = put(run.learner, pspecs=BY_SEED), put(zeros, pspecs=ROLLOUT)
     update_all = update_all.lower(*given).compile()
-    # What an accelerator has seen stays there
-    collect = jax.device_get if run.device.platform == "cpu" else jax.block_until_ready
+    collect = jax.device_get
+    if acting_device(run.env.observation_space, args) != cpu():
+        collect = jax.block_until_ready  # what an accelerator has seen stays there
 
     def advance(learner: LearnerState, runner: RunnerState, count: int, seconds: dict) -> Iteration:
         with timed(seconds, "acting"):

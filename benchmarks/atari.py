@@ -3,11 +3,12 @@
     python benchmarks/atari.py  # Pong, Breakout, MsPacman, Qbert; goes on where it was
     python benchmarks/atari.py --games Pong
     python benchmarks/atari.py --every-game  # all 57
-    python benchmarks/atari.py --games Pong --flags "--obs ram --num-envs 16" --name ram
+    python benchmarks/atari.py --games Pong --flags="--obs ram --num-envs 16" --name ram
+    python benchmarks/curves.py runs/atari/ppo/Pong --out pong.png  # draws a run
 
 A game's seeds run side by side in one process, with the script's defaults but for --flags. A score
 is the mean return of the last 100 training episodes. Writes benchmarks/results/atari.json, a line
-for each game and name.
+for each game and name; what stands there is not run again.
 """
 
 import json
@@ -43,7 +44,9 @@ def say(game: str, line: dict) -> None:
     normalised = (returns.mean() - random) / (human - random)
     bar = f", bar {BARS[game]}" if game in BARS else ""
     score = f"{returns.mean():.1f} +- {returns.std():.1f}"
-    print(f"{line['name']}: {score}, human-normalised {normalised:.2f}{bar}", flush=True)
+    extent = f"{len(returns)} seeds, {line['args']['total_timesteps']} steps"
+    said = f"{line['name']}, {extent}: {score}, human-normalised {normalised:.2f}{bar}"
+    print(said, flush=True)
 
 
 def main(

@@ -8,6 +8,7 @@ replaces it; without new runs the picture is drawn again.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -23,6 +24,8 @@ from matplotlib.ticker import EngFormatter
 def curve(folder: Path, points: int = 200) -> tuple[np.ndarray, np.ndarray]:
     """Returns steps [points] and returns [points] of one seed, each the mean over 4 % of steps."""
     reader = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    if "charts/episodic_return" not in reader.Tags()["scalars"]:
+        sys.exit(f"{folder}: no episode has ended yet, train longer")
     events = reader.Scalars("charts/episodic_return")
     x = np.array([event.step for event in events])
     y = np.array([event.value for event in events])

@@ -106,7 +106,8 @@ def check_distribution(ppo):
     rng = np.random.default_rng(2)
     mean, log_std, action, mean2, log_std2 = rng.normal(0, 1, (5, 6, U))
     with jax.enable_x64(True):
-        old, new = ppo.Gaussian(mean, log_std), ppo.Gaussian(mean2, log_std2)
+        old = ppo.Gaussian(mean, log_std)
+        new = ppo.Gaussian(mean2, log_std2)
         expected = [reference.log_prob(*row) for row in zip(mean, log_std, action, strict=True)]
         np.testing.assert_allclose(ppo.log_prob(old, action), expected, **CLOSE)
         np.testing.assert_allclose(
@@ -468,7 +469,8 @@ def check_env_step(ppo):
 def check_env_action(ppo):
     """Scaled to bounds where there are two, clipped, reshaped; huge bounds are none."""
     action = np.array([[-2, -1, 0, 0.5, 3]], np.float32)
-    low, high = np.float32([-1, 0, 2, 0, -np.inf]), np.float32([1, 4, 6, 2, np.inf])
+    low = np.float32([-1, 0, 2, 0, -np.inf])
+    high = np.float32([1, 4, 6, 2, np.inf])
     space = Box(low, high, dtype=np.float32)
     scaled = ppo.env_action(action, space, ppo.Args())
     np.testing.assert_allclose(scaled, [[-1, 0, 4, 1.5, 3]])

@@ -33,8 +33,8 @@ def test_same_command_same_curves(run, tmp_path, script):
     """To the last bit; and the files and figures that a run leaves behind."""
     for name in ("a", "b"):
         run(script, "--env-id", "Pendulum-v1", "--total-timesteps", 640, "--run-dir", name)
-    one, two = scalars(tmp_path / "a"), scalars(tmp_path / "b")
-    assert one == two
+    one = scalars(tmp_path / "a")
+    assert one == scalars(tmp_path / "b")
     for name in ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac"):
         assert len(one[f"losses/{name}"]) == 10
     others = {"losses/explained_variance", "charts/episodic_length", "charts/learning_rate"}
@@ -118,7 +118,8 @@ def test_seeds_in_one_process_are_lone_runs(run, tmp_path, script):
     flags = ["--env-id", "Pendulum-v1", "--num-envs", 4, "--total-timesteps", 768]
     run(script, *flags, "--seed", 3, "--run-dir", "lone")
     run(script, *flags, "--seed", 2, "--num-seeds", 2, "--run-dir", "batch")
-    lone, batch = scalars(tmp_path / "lone"), scalars(tmp_path / "batch/seed3")
+    lone = scalars(tmp_path / "lone")
+    batch = scalars(tmp_path / "batch/seed3")
     assert lone.keys() == batch.keys()
     for name in lone:
         np.testing.assert_allclose(lone[name], batch[name], rtol=5e-3, atol=1e-3, err_msg=name)
