@@ -2897,6 +2897,11 @@ class Played(NamedTuple):  # evaluation episodes
     endless: int  # how many were cut after eval_steps
 
 
+def with_fresh_noise(learner: LearnerState) -> LearnerState:
+    """Returns a learner that acts on other noise: rollouts draw theirs from its iteration."""
+    return learner._replace(iteration=learner.iteration + 1)
+
+
 def play(run: Run, learner: LearnerState, episodes: int) -> Played:
     """Returns the returns of `episodes` episodes for each seed.
 
@@ -2913,6 +2918,7 @@ def play(run: Run, learner: LearnerState, episodes: int) -> Played:
     with tqdm(total=int(left.sum()), unit="episode") as bar:
         while played.left.any():
             runner, transition = worker.submit(run.act, runner, acting).result()
+            acting = with_fresh_noise(acting)
             transition = jax.device_get(transition)
             if run.env.failures:
                 fail(run.env.failures[0], code=1)
@@ -2998,13 +3004,15 @@ def film(args: Args, saved: SavedRun) -> None:
         while not ended and len(frames) < args.eval_steps:
             frames.append(run.env.render(runner.env_state))
             runner, transition = run.act(runner, learner)
+            learner = with_fresh_noise(learner)
             ended = bool(transition.ended.any()) or bool(run.env.failures)
         folder = args.folder if os.access(args.folder, os.W_OK) else Path.cwd()
         path = folder / "videos" / args.env_id.replace("/", "_").replace(":", "_")
         path.parent.mkdir(exist_ok=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # JAX's, of ffmpeg's process
-            imageio.v3.imwrite(f"{path}.mp4", np.stack(frames), fps=30)
+            film = {"plugin": "FFMPEG", "fps": 30, "macro_block_size": 2}  # even sizes are needed
+            imageio.v3.imwrite(f"{path}.mp4", np.stack(frames), **film)
         small = np.stack(frames)[:300:3, ::2, ::2]
         imageio.v3.imwrite(f"{path}.gif", small, duration=100, loop=0)
     except Failure as failure:

@@ -1,6 +1,7 @@
 """What is ppo_atari.py's own: choices, convolutions, lives, RAM, stacked frames, protocols."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import envpool
@@ -440,6 +441,36 @@ def test_pixels_train_resume_and_play(tmp_path, atari):
     frames = np.zeros((4, 84, 84), np.uint8)
     assert policy(frames) in range(6)
     assert policy(np.stack([frames] * 3), deterministic=False).shape == (3,)
+
+
+def test_play_and_film_draw_fresh_noise(atari, tmp_path, monkeypatch):
+    """An untrained policy that samples does not do the same in each rollout."""
+    small = "--num-envs 1 --num-steps 8 --num-minibatches 2 --total-timesteps 16 --run-dir a"
+    line = ["python", str(ROOT / "ppo_atari.py"), "--env-id", "CartPole-v1", *small.split()]
+    execute(line, tmp_path, environment()).check_returncode()
+    saved = atari.read_run(tmp_path / "a")
+    args = replace(saved.args, mode="eval", num_steps=4)
+    original = atari.make_run
+    taken = []
+
+    def make_run(*given, **more):
+        run = original(*given, **more)
+        KEPT.append(run)
+
+        def act(runner, learner):
+            runner, transition = run.act(runner, learner)
+            taken.append(np.asarray(transition.action).ravel())
+            return runner, transition
+
+        return run._replace(act=act)
+
+    monkeypatch.setattr(atari, "make_run", make_run)
+    atari.play(atari.make_run(args, atari.seeds_of_envs(args)), saved.learner, 3)
+    assert len(np.unique(np.stack(taken), axis=0)) > 1
+    taken.clear()
+    atari.film(args, saved)
+    assert len(np.unique(taken)) > 1
+    assert (tmp_path / "a/videos/CartPole-v1.mp4").exists()
 
 
 def test_learns_a_choice(tmp_path, atari):
