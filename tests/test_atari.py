@@ -443,6 +443,18 @@ def test_pixels_train_resume_and_play(tmp_path, atari):
     assert policy(np.stack([frames] * 3), deterministic=False).shape == (3,)
 
 
+def recorded(run, taken):
+    """Returns a run that appends the actions of each rollout to a list."""
+    KEPT.append(run)
+
+    def act(runner, learner):
+        runner, transition = run.act(runner, learner)
+        taken.append(np.asarray(transition.action).ravel())
+        return runner, transition
+
+    return run._replace(act=act)
+
+
 def test_play_and_film_draw_fresh_noise(atari, tmp_path, monkeypatch):
     """An untrained policy that samples does not do the same in each rollout."""
     small = "--num-envs 1 --num-steps 8 --num-minibatches 2 --total-timesteps 16 --run-dir a"
@@ -454,15 +466,7 @@ def test_play_and_film_draw_fresh_noise(atari, tmp_path, monkeypatch):
     taken = []
 
     def make_run(*given, **more):
-        run = original(*given, **more)
-        KEPT.append(run)
-
-        def act(runner, learner):
-            runner, transition = run.act(runner, learner)
-            taken.append(np.asarray(transition.action).ravel())
-            return runner, transition
-
-        return run._replace(act=act)
+        return recorded(original(*given, **more), taken)
 
     monkeypatch.setattr(atari, "make_run", make_run)
     atari.play(atari.make_run(args, atari.seeds_of_envs(args)), saved.learner, 3)
