@@ -1088,6 +1088,9 @@ class ObservationCopies(gymnasium.ObservationWrapper):
         return copies
 
 
+WRAPPERS = [ObservationCopies]  # of each Gymnasium environment
+
+
 @contextmanager
 def children_ignore_signals() -> Iterator[None]:
     """Processes started in this block leave SIGINT and SIGTERM to this one, which ends them."""
@@ -1107,7 +1110,7 @@ def make_vector(args: Args, size: int, render: bool) -> gymnasium.vector.VectorE
         args.env_id,
         num_envs=size,
         vectorization_mode=args.vectorization,
-        wrappers=[ObservationCopies],
+        wrappers=WRAPPERS,
         **settings,
     )
     if args.vectorization == "sync":
@@ -1515,6 +1518,19 @@ class RunnerState(NamedTuple):  # the carry of the rollout
     episode: Episode
 
 
+def first_runner(env: Environment, args: Args) -> RunnerState:
+    """Returns the runner before the first step."""
+    env_state, time_step = env.first
+    zeros = jnp.zeros(len(time_step.reward), jnp.float32)
+    episode = Episode(total=zeros, length=zeros, discounted=zeros)
+    return RunnerState(env_state=env_state, time_step=time_step, episode=episode)
+
+
+def network_input(time_step: TimeStep, args: Args) -> Any:
+    """Returns what a network takes, for the first environment, not normalised."""
+    return jax.tree.map(lambda x: x[:1, 0], time_step.obs)
+
+
 def episode_over(time_step: TimeStep) -> Array:
     """Returns 1 where an episode has ended, [S*N]."""
     return (time_step.terminated | time_step.truncated).astype(jnp.float32)
@@ -1860,9 +1876,7 @@ def make_run(args: Args, env_seeds: list[int], new: bool = True, render: bool = 
     # EnvPool's MuJoCo speaks float64, which nothing outside of rollouts may
     with jax.enable_x64(on_host), jax.default_device(host):
         env = make_env(args, env_seeds, render)
-        zeros = jnp.zeros(len(env_seeds), jnp.float32)
-        env_state, time_step = env.first
-        runner = RunnerState(env_state, time_step, Episode(zeros, zeros, zeros))
+        runner = first_runner(env, args)
         network = ActorCritic(env.action_space, args)
         init = jax.jit(partial(init_learners, env.observation_space, network, args))
         learner = jax.device_get(init()) if new else jax.eval_shape(init)
@@ -2514,9 +2528,9 @@ def open_event_files(args: Args, run: Run, step: int) -> list[EventFile]:
     settings = args_to_dict(args)
     table = ["|setting|value|", "|-|-|", *(f"|{name}|{value}|" for name, value in settings.items())]
     plain = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in settings.items()}
-    obs = jax.tree.map(lambda x: x[:1, 0], run.runner.time_step.obs)
     options = {"width": 120, "force_terminal": False}
-    layers = run.network.tabulate(jax.random.PRNGKey(0), obs, console_kwargs=options)
+    seen = network_input(run.runner.time_step, args)
+    layers = run.network.tabulate(jax.random.PRNGKey(0), seen, console_kwargs=options)
     files = []
     for seed in range(args.seed, args.seed + args.num_seeds):
         folder = args.folder / f"seed{seed}" if args.num_seeds > 1 else args.folder

@@ -35,6 +35,12 @@ SMALL = {
         "--num-envs 1 --num-steps 64 --num-minibatches 2 --update-epochs 2"
         " --hidden-sizes 8 8 --critic-sizes 8 8 --total-timesteps 128"
     ),
+    "ppo_icm_lstm": words(
+        "--num-envs 1 --num-steps 64 --num-minibatches 2 --update-epochs 2"
+        " --hidden-sizes 8 --critic-sizes 8 --total-timesteps 128"
+        " --recurrence gru --memory-size 4 --sequence-length 16"
+        " --icm --icm-sizes 4 --icm-features 3"
+    ),
     "ppo_cma": words(
         "--num-envs 1 --num-steps 64 --num-updates 3 --batch-size 16 --init-updates 9"
         " --hidden-sizes 8 8 --total-timesteps 128"
@@ -80,6 +86,11 @@ def ppo():
 @pytest.fixture(scope="session")
 def atari():
     return load(ROOT / "ppo_atari.py")
+
+
+@pytest.fixture(scope="session")
+def icm():
+    return load(ROOT / "ppo_icm_lstm.py")
 
 
 @pytest.fixture(scope="session")

@@ -107,3 +107,33 @@ class Typed(Counter):
     def reset(self, key):
         obs, state = super().reset(key)
         return obs, (state, jax.random.wrap_key_data(key))
+
+
+class Cue(NamedTuple):
+    time: jax.Array
+    shown: jax.Array  # 0 or 1, only at the beginning
+
+
+class Recall:
+    """Shows a cue once; five steps later the reward is 1 for the action of its number."""
+
+    observation_space = Box(-1, 1, (2,))
+    action_space = Discrete(2)
+
+    def reset(self, key):
+        state = Cue(time=jnp.int32(0), shown=jax.random.bernoulli(key).astype(jnp.int32))
+        return self.observe(state), state
+
+    def observe(self, state):
+        cue = jnp.where(state.time == 0, 2.0 * state.shown - 1, 0.0)
+        return jnp.stack([cue, state.time / 5])
+
+    def step(self, key, state, action):
+        ended = state.time == 5
+        reward = jnp.where(ended & (action == state.shown), 1.0, 0.0)
+        state = state._replace(time=state.time + 1)
+        return self.observe(state), state, reward, ended, False & ended, {}
+
+
+def recall():
+    return Recall()

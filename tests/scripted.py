@@ -204,6 +204,41 @@ class Corridor(Counter):
         return obs, reward if self.count == self.length else 0.0, *rest
 
 
+class Masked(Counter):
+    """Of three choices, the one whose turn it is, is masked, and raises when it is taken.
+
+    kind: "info" and "key" say where the mask is; "box" and "short" are wrong.
+    """
+
+    def __init__(self, kind):
+        super().__init__(space=Box(-1, 1, (1,)) if kind == "box" else spaces.Discrete(3))
+        self.kind = kind
+        if kind != "info":
+            mask = spaces.MultiBinary(2 if kind == "short" else 3)
+            self.observation_space = spaces.Dict(flat=Box(-np.inf, np.inf, (2,)), action_mask=mask)
+
+    def mask(self):
+        found = np.ones(2 if self.kind == "short" else 3, np.int8)
+        found[self.count % 3 % len(found)] = 0
+        return found
+
+    def obs(self):
+        if self.kind == "info":
+            return super().obs()
+        return {"flat": super().obs(), "action_mask": self.mask()}
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = super().reset(seed=seed)
+        return obs, info | ({"action_mask": self.mask()} if self.kind == "info" else {})
+
+    def step(self, action):
+        if action == self.count % 3:
+            raise ValueError("this choice is masked")
+        obs, reward, terminated, truncated, info = super().step(action)
+        more = {"action_mask": self.mask()} if self.kind == "info" else {}
+        return obs, reward, terminated, truncated, info | more
+
+
 for name, entry, settings in (
     ("Counter-v0", Counter, {}),
     ("Chooser-v0", Chooser, {}),
@@ -225,6 +260,10 @@ for name, entry, settings in (
     ("Empty-v0", Empty, {}),
     ("Corridor-v0", Corridor, {}),
     ("Discrete-v0", Counter, {"space": spaces.Discrete(3)}),
+    ("Masked-info-v0", Masked, {"kind": "info"}),
+    ("Masked-key-v0", Masked, {"kind": "key"}),
+    ("Masked-box-v0", Masked, {"kind": "box"}),
+    ("Masked-short-v0", Masked, {"kind": "short"}),
     ("NoActions-v0", Counter, {"space": Box(-1, 1, (0,))}),
     ("Unbounded-v0", Counter, {"space": Box(-np.inf, np.inf, (1,))}),
 ):

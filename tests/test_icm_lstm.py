@@ -1,0 +1,743 @@
+"""What is ppo_icm_lstm.py's own: memory, curiosity, choices, masks of actions, regulators."""
+
+import math
+from dataclasses import replace
+from functools import partial, wraps
+
+import flax.linen as nn
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from checks import CHECKS, CLOSE, SPACE, D, N, T, rollout, small_args, start, to_double, to_single
+from conftest import ROOT, environment, load
+from gymnasium import spaces
+from processes import execute
+from runs import result
+from test_environments import assert_next_step_resets, play
+
+H = 3
+COPIES = 2
+MANY = spaces.MultiDiscrete([3, 2, 4])
+
+
+def in_double(test):
+    """Returns a test in which everything is float64."""
+
+    @wraps(test)
+    def run(*given, **more):
+        with jax.enable_x64(True):
+            test(*given, **more)
+
+    return run
+
+
+# --- Without memory and curiosity it is ppo_continuous.py ---
+@pytest.mark.parametrize(
+    "check", [x for x in CHECKS if x.__name__ != "check_env_step"], ids=lambda x: x.__name__
+)
+def test_formula(icm, check):
+    check(icm)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_update_is_that_of_ppo_continuous(ppo, icm, recompute):
+    """Same batch, same parameters, float32: the same learner, but for rounding."""
+    learners = []
+    for script in (ppo, icm):
+        args = small_args(script, recompute_advantages=recompute)
+        network, learner, transition, _ = start(script, args)
+        learner, transition = jax.tree.map(to_single, (learner, transition))
+        new, metrics = jax.jit(partial(script.update, network=network, args=args))(
+            learner, transition
+        )
+        learners.append((new, metrics))
+    (one, seen), (two, same) = learners
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    for name in ("params", "obs_stats", "return_stats", "returns"):
+        leaves = (jax.tree.leaves(getattr(x, name)) for x in (one, two))
+        for mine, theirs in zip(*leaves, strict=True):
+            close(mine, theirs)
+    assert seen.keys() == same.keys()
+    jax.tree.map(close, seen, same)
+
+
+# --- Choices ---
+def softmax(logits):
+    powers = np.exp(logits - logits.max())
+    return powers / powers.sum()
+
+
+@in_double
+def test_distribution_of_several_choices(icm):
+    """Against sums over all actions, some of which are masked, for choices of 3, 2 and 4."""
+    rng = np.random.default_rng(0)
+    allowed = np.array([1, 1, 0, 1, 1, 1, 0, 0, 1]) > 0
+    shown = icm.allowed_choices(jnp.asarray(allowed)[None], MANY)[0]
+    wanted = [[1, 1, 0, 0], [1, 1, 0, 0], [1, 0, 0, 1]]
+    np.testing.assert_array_equal(shown, wanted)
+    every = icm.allowed_choices(None, MANY)
+    np.testing.assert_array_equal(every, [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]])
+    logits = rng.normal(0, 1, (2, 3, 4))
+    old, new = (icm.Categorical(jnp.where(shown, x, icm.IMPOSSIBLE)) for x in logits)
+    p, q = ([softmax(np.asarray(x)) for x in policy.logits] for policy in (old, new))
+    total = entropy = divergence = 0.0
+    for action in np.ndindex(2, 2, 4):
+        if action[2] in (1, 2):
+            continue
+        of_old = math.prod(p[u][a] for u, a in enumerate(action))
+        of_new = math.prod(q[u][a] for u, a in enumerate(action))
+        found = icm.log_prob(new, jnp.array(action))
+        np.testing.assert_allclose(found, math.log(of_new), rtol=1e-12)
+        total += of_new
+        entropy -= of_new * math.log(of_new)
+        divergence += of_old * math.log(of_old / of_new)
+    np.testing.assert_allclose(total, 1, rtol=1e-12)
+    np.testing.assert_allclose(icm.entropy(new), entropy, rtol=1e-12)
+    np.testing.assert_allclose(icm.kl(old, new), divergence, rtol=1e-10)
+
+
+def test_sampled_choices_have_their_probabilities(icm):
+    logits = np.array([[0.5, -1.0, 2.0], [1.0, 0.0, icm.IMPOSSIBLE]], np.float32)
+    space = spaces.MultiDiscrete([3, 2])
+    noise = icm.draw_noise(jax.random.PRNGKey(0), (100_000,), space)
+    action = np.asarray(icm.sample_action(icm.Categorical(jnp.asarray(logits)), noise))
+    for u in range(2):
+        counts = np.bincount(action[:, u], minlength=3) / len(action)
+        np.testing.assert_allclose(counts, softmax(logits[u]), atol=0.006)
+    assert not (action[:, 1] == 2).any()
+
+
+def test_actions_at_the_environments_door(icm):
+    args = icm.Args()
+    one = icm.env_action(jnp.array([[2]]), spaces.Discrete(3, start=7), args)
+    np.testing.assert_array_equal(one, [9])
+    several = spaces.MultiDiscrete([[3, 2], [4, 5]], start=[[0, 1], [0, 2]])
+    found = icm.env_action(jnp.array([[2, 1, 3, 4]]), several, args)
+    np.testing.assert_array_equal(found, [[[2, 2], [3, 6]]])
+    bits = icm.env_action(jnp.array([[1, 0]]), spaces.MultiBinary(2), args)
+    np.testing.assert_array_equal(icm.as_space_dtype(np.asarray(bits), spaces.MultiBinary(2)), bits)
+
+
+@pytest.mark.parametrize("kind", ["info", "key"])
+def test_masked_actions_are_never_taken(icm, kind):
+    """The environment raises at one; where nothing is masked, all are taken."""
+    env_id = f"scripted:Masked-{kind}-v0"
+    t, run = play(icm, env_id, 200, num_envs=2)
+    assert t.obs["action_mask"].dtype == bool
+    step = np.arange(200) % 8
+    taken = [set(t.action[step == i].ravel().tolist()) for i in range(8)]
+    assert taken[:7] == [{0, 1, 2} - {i % 3} for i in range(7)]
+    policy, _ = icm.apply_to_rollout(
+        jax.tree.map(lambda x: x[0], run.learner),
+        icm.Transition(**t._asdict()),
+        run.network,
+    )
+    probability = np.asarray(jax.nn.softmax(policy.logits))[:-1, :, 0, 0]
+    assert (probability[np.arange(200), :, step % 3][step < 7] == 0).all()
+
+
+# --- Memory ---
+def memory_args(icm, **changes):
+    settings = {"recurrence": "lstm", "memory_size": H, "num_minibatches": 2, "sequence_length": 4}
+    return small_args(icm, **settings | changes)
+
+
+def start_memory(icm, args, copies=1):
+    """Returns a network, a float64 learner that is not new, and a rollout with resets in it."""
+    network = icm.ActorCritic(SPACE, args)
+    rng = np.random.default_rng(7)
+    r = rollout(rng)
+    learner = icm.init_learner(np.uint32(3), np.zeros(D, np.float32), network, args)
+    learner = jax.tree.map(to_double, learner)
+    moved = jax.tree.map(lambda x: x + 0.3 * rng.normal(0, 1, x.shape), learner.params)
+    leaves = {"none": 0, "gru": 1, "lstm": 2}[args.recurrence]
+    memory = tuple(rng.normal(0, 1, (1, N, H)) for _ in range(leaves))
+    obs = r["obs"][:, :, None] + rng.normal(0, 1, (1, 1, copies, 1))
+    transition = icm.Transition(**r | {"obs": obs}, memory=memory)
+    return network, learner._replace(params=moved), transition
+
+
+def discounts(learner):
+    """Returns gamma and lambda as the script has them: of float32's precision."""
+    return float(learner.schedule.gamma), float(learner.schedule.gae_lambda)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def remember_by_hand(params, transition, n):
+    """Returns values and means [T + 1, ...] of environment n, step by step, with an LSTM in NumPy.
+
+    Where the environment has reset itself, everything is forgotten.
+    """
+    p = jax.tree.map(np.asarray, params["params"])
+    h, c = (x[0, n] for x in transition.memory)
+    means, values = [], []
+
+    def dense(layer, x):
+        return x @ layer["kernel"] + layer["bias"]
+
+    for t in range(T + 1):
+        x = np.tanh(dense(p["into_memory"], transition.obs[t, n, 0]))
+        gates = dense(p["memory"]["input"], x) + h @ p["memory"]["recurrent"]
+        i, f, g, o = np.split(gates, 4)
+        c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+        h = sigmoid(o) * np.tanh(c)
+        layers = [p[f"mean_{k}"] for k in range(3)]
+        means.append(reference.mlp([(x["kernel"], x["bias"]) for x in layers], h)[0])
+        layers = [p[f"critic_{k}"] for k in range(4)]
+        values.append(reference.mlp([(x["kernel"], x["bias"]) for x in layers], h)[0][0])
+        if t < T and not transition.mask[t, n]:
+            h, c = 0 * h, 0 * c
+    return np.array(means), np.array(values)
+
+
+@in_double
+def test_memory_over_resets_and_bootstraps(icm):
+    """Policy, values and advantages of a rollout, against an LSTM in NumPy, one environment each.
+
+    The value behind a truncated step is that of its true last observation, seen with the memory of
+    the episode that it ended.
+    """
+    args = memory_args(icm)
+    network, learner, transition = start_memory(icm, args)
+    policy, value = icm.apply_to_rollout(learner, transition, network)
+    advantage, _ = icm.estimate_advantages(learner, transition, value, args)
+    by_hand = [remember_by_hand(learner.params, transition, n) for n in range(N)]
+    for n, (means, values) in enumerate(by_hand):
+        np.testing.assert_allclose(policy.mean[:, n, 0], means, **CLOSE)
+        np.testing.assert_allclose(value[:, n, 0], values, **CLOSE)
+    values = np.stack([values for _, values in by_hand], axis=1)
+    t = transition
+    wanted = reference.gae(t.reward, t.terminated, t.done, values, *discounts(learner))
+    wanted = wanted.reshape(T // 4, 4, N).swapaxes(1, 2).reshape(-1, 4)
+    np.testing.assert_allclose(advantage, wanted, **CLOSE)
+
+
+@pytest.mark.parametrize("recurrence", ["lstm", "gru"])
+@pytest.mark.parametrize("length", [1, 4, 16])
+@in_double
+def test_sequences_are_the_whole(icm, recurrence, length):
+    """An unchanged policy says of every sequence what it said of the whole rollout, over resets."""
+    args = memory_args(icm, recurrence=recurrence, sequence_length=length)
+    network, learner, transition = start_memory(icm, args, copies=COPIES)
+    whole, value = icm.apply_to_rollout(learner, transition, network)
+    batch = icm.make_batch(learner, transition, network, args)
+    policy, again = network.apply(learner.params, batch.obs)
+    _, metrics = icm.ppo_loss(learner.params, batch, learner.schedule, network, args)
+    assert batch.mask.shape == (T * N * COPIES // length, length)
+    np.testing.assert_allclose(icm.log_prob(policy, batch.action), batch.log_prob, **CLOSE)
+    np.testing.assert_allclose(metrics["approx_kl"], 0, atol=1e-14)
+    # row by row: sequence c of environment n holds steps c L to (c + 1) L
+    for c, n, k in np.ndindex(T // length, N, COPIES):
+        row = (c * N + n) * COPIES + k
+        steps = slice(c * length, (c + 1) * length)
+        np.testing.assert_allclose(policy.mean[row], whole.mean[steps, n, k], **CLOSE)
+        np.testing.assert_allclose(again[row], value[steps, n, k], **CLOSE)
+        np.testing.assert_array_equal(batch.mask[row], transition.mask[steps, n])
+        np.testing.assert_array_equal(batch.action[row], transition.action[steps, n])
+        np.testing.assert_array_equal(batch.obs.obs[row], transition.obs[steps, n, k])
+
+
+@in_double
+def test_nothing_leaks_over_an_episodes_end(icm):
+    """What a step says depends on its own episode only: its past, and neither others' nor later."""
+    args = memory_args(icm)
+    network, learner, transition = start_memory(icm, args)
+
+    def said(obs):
+        return icm.apply_to_rollout(learner, transition._replace(obs=obs), network)[1][:, :, 0]
+
+    slopes = jax.jacobian(said)(transition.obs)  # [T + 1, N, T + 1, N, 1, D]
+    reached = np.abs(np.asarray(slopes)).sum(axis=(-1, -2)) > 0
+    episode = np.cumsum(np.concatenate([np.zeros((1, N)), 1 - transition.mask]), axis=0)
+    for t, n, s, m in np.ndindex(reached.shape):
+        same = n == m and s <= t and episode[s, m] == episode[t, n]
+        assert reached[t, n, s, m] == same, (t, n, s, m)
+    assert 2 <= episode[-1].min() < T
+
+
+@pytest.mark.parametrize("recurrence", ["lstm", "gru"])
+@in_double
+def test_cells_are_those_of_flax(icm, recurrence):
+    """Value and gradient of a step, with the same weights."""
+    rng = np.random.default_rng(8)
+    kernel = rng.normal(0, 1, (H, 4 * H if recurrence == "lstm" else 3 * H))
+    into = rng.normal(0, 1, (5, kernel.shape[1]))
+    bias = rng.normal(0, 1, H)
+    x = rng.normal(0, 1, (2, 6, 5))  # C, L
+    blocks = {"lstm": "ifgo", "gru": "rzn"}[recurrence]
+    theirs = {}
+    for k, name in enumerate(blocks):
+        columns = slice(k * H, (k + 1) * H)
+        hidden = {"kernel": kernel[:, columns]}
+        if recurrence == "lstm":
+            theirs[f"i{name}"] = {"kernel": into[:, columns]}
+            theirs[f"h{name}"] = hidden | {"bias": np.zeros(H)}
+        else:
+            theirs[f"i{name}"] = {"kernel": into[:, columns], "bias": np.zeros(H)}
+            theirs[f"h{name}"] = hidden | ({"bias": bias} if name == "n" else {})
+    cell = nn.LSTMCell(H) if recurrence == "lstm" else nn.GRUCell(H)
+    mine = {"input": {"kernel": into, "bias": np.zeros(kernel.shape[1])}, "recurrent": kernel}
+    if recurrence == "gru":
+        mine["candidate_bias"] = bias
+    memory = icm.Memory(memory_args(icm, recurrence=recurrence))
+    empty = tuple(np.zeros((2, H)) for _ in range(2 if recurrence == "lstm" else 1))
+
+    def ours(x):
+        seen = icm.Sequence(obs=None, mask=jnp.ones((2, 6)), memory=empty)
+        return memory.apply({"params": mine}, x, seen)[0]
+
+    def flaxs(x):
+        carry = (empty[1], empty[0]) if recurrence == "lstm" else empty[0]
+        outs = []
+        for t in range(6):
+            carry, out = cell.apply({"params": theirs}, carry, x[:, t])
+            outs.append(out)
+        return jnp.stack(outs, axis=1)
+
+    weight = rng.normal(0, 1, (2, 6, H))
+    for of in (lambda f: f(x), lambda f: jax.grad(lambda x: jnp.sum(f(x) * weight))(x)):
+        np.testing.assert_allclose(of(ours), of(flaxs), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("recurrence", ["lstm", "gru"])
+def test_rollouts_carry_memory(icm, recurrence):
+    """Actions of three rollouts are what one policy, asked once over all of them, does."""
+    settings = {"recurrence": recurrence, "memory_size": H, "hidden_sizes": (4,)}
+    args = icm.Args(env_id="scripted:Counter-v0", num_envs=2, num_steps=9, **settings)
+    run = icm.make_run(args, icm.seeds_of_envs(args))
+    acting = run.learner._replace(opt_state=None)
+    runner = run.runner
+    seen = []
+    for _ in range(3):
+        start = runner.memory
+        runner, transition = run.act(runner, acting)
+        for now, then in zip(start, transition.memory, strict=True):
+            np.testing.assert_array_equal(now, then[0, 0])
+        seen.append(jax.tree.map(lambda x: np.asarray(x)[0], transition))
+    first = seen[0]
+    assert not any(x.any() for x in first.memory)
+    joined = first._replace(
+        obs=np.concatenate([t.obs[:9] for t in seen] + [seen[-1].obs[9:]]),
+        mask=np.concatenate([t.mask for t in seen]),
+    )
+    learner = jax.tree.map(lambda x: x[0], acting)
+    assert_next_step_resets(seen[0])
+    prepared = joined._replace(obs=icm.prepare_obs(joined.obs, learner, args))
+    policy, _ = icm.apply_to_rollout(learner, prepared, run.network)
+    noise = np.asarray(icm.draw_rollout_noise(acting, 0, 2, run.env, args))[:, 0]
+    for i, t in enumerate(seen):
+        steps = slice(9 * i, 9 * i + 9)
+        mean, log_std = (x[steps, :, 0] for x in policy)
+        np.testing.assert_allclose(t.action, mean + np.exp(log_std) * noise, rtol=1e-4, atol=1e-5)
+
+
+@in_double
+def test_burn_in_only_warms(icm):
+    """The first steps of each sequence have no weight in the loss, but reach the later ones."""
+    args = memory_args(icm, burn_in=3)
+    network, learner, transition = start_memory(icm, args)
+    batch = icm.make_batch(learner, transition, network, args)
+    assert not np.asarray(batch.mask)[:, :3].any()
+    np.testing.assert_array_equal(batch.mask[:, 3], batch.obs.mask[:, 3])
+    moved = batch._replace(advantage=batch.advantage.at[:, :3].add(5))
+    losses = [
+        icm.ppo_loss(learner.params, x, learner.schedule, network, args)[0] for x in (batch, moved)
+    ]
+    np.testing.assert_array_equal(*losses)
+
+
+def test_loaded_memory_is_carried_by_the_user(icm, tmp_path):
+    """A policy that is asked step by step does what the rollout did; None begins an episode."""
+    flags = "--num-envs 1 --num-steps 64 --num-minibatches 1 --total-timesteps 64 --update-epochs 1"
+    memory = "--recurrence lstm --memory-size 4 --run-dir a --env-id scripted:Counter-v0"
+    line = ["python", str(ROOT / "ppo_icm_lstm.py"), *flags.split(), *memory.split()]
+    execute(line, tmp_path, environment()).check_returncode()
+    saved = icm.read_run(tmp_path / "a")
+    policy = icm.load(tmp_path / "a")
+    args = replace(saved.args, mode="eval", num_steps=20)
+    run = icm.make_run(args, icm.seeds_of_envs(args), new=False)
+    _, t = run.act(run.runner, saved.learner._replace(opt_state=None))
+    t = jax.tree.map(lambda x: np.asarray(x)[0, :, 0], t)
+    carried = None
+    for i in range(20):
+        action, carried = policy(t.obs[i, 0], carried)
+        np.testing.assert_allclose(action, np.clip(t.action[i], -1, 1), rtol=1e-5, atol=1e-6)
+        if not t.mask[i]:
+            carried = None
+    batch, _ = policy(np.stack([t.obs[0, 0]] * 3))
+    np.testing.assert_allclose(batch, [np.clip(t.action[0], -1, 1)] * 3, rtol=1e-5, atol=1e-6)
+    assert not np.allclose(policy(t.obs[0, 0], carried)[0], batch[0])
+
+
+# --- Curiosity ---
+def curious_args(icm, **changes):
+    settings = {"icm": True, "icm_sizes": (4,), "icm_features": 3, "intrinsic_eta": 0.5}
+    return small_args(icm, **settings | changes)
+
+
+def start_curious(icm, args):
+    """Returns a network, a float64 learner with a curiosity that is not new, and a rollout."""
+    network, learner, transition, r = start(icm, args)
+    rng = np.random.default_rng(9)
+    state = learner.opt_state.curiosity
+    moved = jax.tree.map(lambda x: x + 0.3 * rng.normal(0, 1, x.shape), state.params)
+    state = state._replace(params=moved, discounted=rng.uniform(0, 1, N))
+    learner = learner._replace(opt_state=learner.opt_state._replace(curiosity=state))
+    return network, learner, transition, r
+
+
+def wonder_by_hand(params, obs, next_obs, action):
+    """Returns the squared error of features, and the guess of the action, for one step."""
+    p = jax.tree.map(np.asarray, params["params"])
+
+    def net(name, x):
+        layers = [p[f"{name}_{i}"] for i in range(2)]
+        return reference.mlp([(y["kernel"], y["bias"]) for y in layers], x)[0]
+
+    before, after = net("features", obs), net("features", next_obs)
+    predicted = net("forward", np.concatenate([before, action]))
+    guess = net("inverse", np.concatenate([before, after]))
+    return np.sum((predicted - after) ** 2), guess
+
+
+@in_double
+def test_intrinsic_rewards_by_hand(icm):
+    """Of true next observations; nothing where the environment reset itself."""
+    args = curious_args(icm)
+    network, learner, transition, r = start_curious(icm, args)
+    reward, _ = icm.intrinsic_rewards(learner, transition, network, args)
+    for t, n in np.ndindex(T, N):
+        seen = r["obs"][t, n], r["obs"][t + 1, n], r["action"][t, n]
+        error, _ = wonder_by_hand(learner.opt_state.curiosity.params, *seen)
+        np.testing.assert_allclose(reward[t, n], 0.25 * error * r["mask"][t, n], **CLOSE)
+
+
+@in_double
+def test_curiositys_loss_and_its_gradient(icm):
+    """The loss by hand over experience, and its gradient by central differences."""
+    args = curious_args(icm, icm_beta=0.3)
+    network, learner, transition, r = start_curious(icm, args)
+    params = learner.opt_state.curiosity.params
+
+    def by_hand(params):
+        total = 0.0
+        for t, n in zip(*np.nonzero(r["mask"]), strict=True):
+            action = r["action"][t, n]
+            error, guess = wonder_by_hand(params, r["obs"][t, n], r["obs"][t + 1, n], action)
+            unlikely = -reference.log_prob(guess, np.zeros(2), action)
+            total += (0.3 * 0.5 * error + 0.7 * unlikely) / r["mask"].sum()
+        return total
+
+    batch = icm.make_batch(learner, transition, network, args)
+    loss, _ = icm.icm_loss(params, batch, network, args)
+    grad, _ = jax.grad(icm.icm_loss, has_aux=True)(params, batch, network, args)
+    np.testing.assert_allclose(loss, by_hand(params), rtol=1e-10)
+    flat, unravel = jax.flatten_util.ravel_pytree(params)
+    slopes, _ = jax.flatten_util.ravel_pytree(grad)
+    for i in range(0, len(flat), 7):
+        ends = [by_hand(unravel(flat.at[i].add(d))) for d in (1e-6, -1e-6)]
+        found = (ends[0] - ends[1]) / 2e-6
+        np.testing.assert_allclose(slopes[i], found, rtol=1e-5, atol=1e-7)
+
+
+@in_double
+def test_rewards_of_curiosity_are_scaled_and_added(icm):
+    """Divided by the deviation of their discounted sum, clipped, weighed, added to the others."""
+    args = curious_args(icm, intrinsic_weight=0.7, extrinsic_weight=0.1, clip_intrinsic=1.1)
+    network, learner, transition, r = start_curious(icm, args)
+    raw, _ = icm.intrinsic_rewards(learner, transition, network, args)
+    new, paid, metrics = icm.reward_curiosity(learner, transition, network, args)
+    sums = []
+    last = np.zeros(N)
+    for n in range(N):
+        total = learner.opt_state.curiosity.discounted[n]
+        for t in range(T):
+            if r["mask"][t, n]:
+                total = args.gamma * total + raw[t, n]
+                sums.append(total)
+        last[n] = total
+    np.testing.assert_allclose(new.opt_state.curiosity.discounted, last, rtol=1e-6)
+    before = learner.opt_state.curiosity.stats
+    _, var, _ = reference.moments(np.array(sums), np.ones(len(sums)), 0.0, 1.0, float(before.count))
+    np.testing.assert_allclose(new.opt_state.curiosity.stats.var, var, rtol=1e-6)
+    scaled = np.minimum(raw / np.sqrt(var + 1e-8), 1.1)
+    np.testing.assert_allclose(paid.reward, r["reward"] + 0.7 * scaled, rtol=1e-6)
+    assert (scaled == 1.1).any() and (scaled < 1.1).any()
+    real = r["mask"] > 0
+    np.testing.assert_allclose(metrics["icm/intrinsic_reward"], scaled[real].mean(), rtol=1e-6)
+
+
+@in_double
+def test_a_critic_of_curiosity_sees_no_ends(icm):
+    """Its advantages are a plain discounted sum of errors over all steps, and are added."""
+    args = curious_args(icm, intrinsic_critic=True, intrinsic_weight=0.7, intrinsic_gamma=0.95)
+    network, learner, transition, r = start_curious(icm, args)
+    _, value = icm.intrinsic_rewards(learner, transition, network, args)
+    new, paid, _ = icm.reward_curiosity(learner, transition, network, args)
+    batch = icm.make_batch(new, paid, network, args)
+    plain = icm.make_batch(new, transition, network, args)
+    p = learner.opt_state.curiosity.params["params"]
+    layers = [(p[f"critic_{i}"]["kernel"], p[f"critic_{i}"]["bias"]) for i in range(4)]
+    wanted, _ = reference.mlp(layers, r["obs"])
+    np.testing.assert_allclose(value, wanted[..., 0], **CLOSE)
+    never = 0 * r["done"]
+    std = np.sqrt(new.opt_state.curiosity.stats.var + 1e-8)
+    raw, _ = icm.intrinsic_rewards(learner, transition, network, args)
+    reward = np.minimum(raw / std, args.clip_intrinsic)
+    advantage = reference.gae(reward, never, never, value, 0.95, args.gae_lambda)
+    np.testing.assert_allclose(paid.intrinsic_target, advantage + value[:-1], rtol=1e-6)
+    rows = (0.7 * advantage).reshape(-1, 1)
+    np.testing.assert_allclose(batch.advantage - plain.advantage, rows, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(batch.target, plain.target, **CLOSE)
+
+
+@in_double
+def test_curiosity_learns_in_the_update(icm):
+    """Its losses fall; the policy's own parameters are what they are without it, if it pays 0."""
+    args = curious_args(icm, intrinsic_weight=0.0, icm_learning_rate=1e-2, update_epochs=20)
+    network, learner, transition, _ = start_curious(icm, args)
+    plain = small_args(icm, update_epochs=20, intrinsic_weight=0.0)
+    new, metrics = jax.jit(partial(icm.update, network=network, args=args))(learner, transition)
+    other = learner._replace(opt_state=learner.opt_state._replace(curiosity=None))
+    without, _ = jax.jit(partial(icm.update, network=network, args=plain))(other, transition)
+    batch = icm.make_batch(learner, transition, network, args)
+    losses = [
+        icm.icm_loss(x.opt_state.curiosity.params, batch, network, args)[0] for x in (learner, new)
+    ]
+    jax.tree.map(partial(np.testing.assert_allclose, **CLOSE), new.params, without.params)
+    assert losses[1] < 0.8 * losses[0]
+    assert np.isfinite(metrics["icm/forward_loss"]) and np.isfinite(metrics["icm/inverse_loss"])
+
+
+# --- Regulators ---
+@in_double
+def test_bounds_move_over_the_run(icm):
+    args = small_args(icm, reward_range=(-1.0, 10.0), reward_range_end=(-3.0, 2.0))
+    _, learner, _, _ = start(icm, args)  # 3 of 10 iterations
+    x = np.array([-5.0, 0.0, 20.0])
+    found = icm.clip_on_schedule(x, args.reward_range, args.reward_range_end, learner, args)
+    np.testing.assert_allclose(found, [-1.6, 0, 7.6], rtol=1e-6)
+    constant = icm.clip_on_schedule(x, (-1.0, 10.0), None, learner, args)
+    np.testing.assert_allclose(constant, [-1, 0, 10])
+    np.testing.assert_array_equal(icm.clip_on_schedule(x, None, None, learner, args), x)
+
+
+@pytest.mark.parametrize("bootstrap", ["fixed", "dynamic"])
+@in_double
+def test_bootstraps_are_bounded_where_a_future_is_cut_off(icm, bootstrap):
+    """Advantages by hand, from values that are bounded behind truncations and the rollout only."""
+    args = small_args(icm, bootstrap=bootstrap, bootstrap_range=(-0.2, 0.1), norm_adv=False)
+    _, learner, transition, r = start(icm, args)
+    rng = np.random.default_rng(10)
+    value = rng.normal(0, 1, (T + 1, N))
+    gamma, gae_lambda = discounts(learner)
+    bounds = (-0.3, 0.4) if bootstrap == "dynamic" else (-0.2, 0.1)
+    state = learner.opt_state._replace(reward_range=np.array([-0.3, 0.4]))
+    learner = learner._replace(opt_state=state)
+    found, _ = icm.estimate_advantages(learner, transition, value[:, :, None], args)
+    wider = icm.widen_reward_range(state, transition).reward_range
+    real = r["reward"][r["mask"] > 0]
+    np.testing.assert_allclose(wider, [real.min(), real.max()], rtol=1e-6)
+    wanted = np.zeros((T, N))
+    for n in range(N):
+        following = 0.0
+        for t in reversed(range(T)):
+            future = value[t + 1, n]
+            if t == T - 1 or r["done"][t, n]:
+                future = np.clip(future, *bounds)
+            delta = r["reward"][t, n] - value[t, n]
+            delta += gamma * future * (1 - r["terminated"][t, n])
+            following = delta + gamma * gae_lambda * (1 - r["done"][t, n]) * following
+            wanted[t, n] = following
+    mask = r["mask"].ravel() > 0
+    np.testing.assert_allclose(found[:, 0][mask], wanted.ravel()[mask], **CLOSE)
+
+
+@in_double
+def test_values_of_normalised_targets(icm):
+    """The critic's answers are scaled back for advantages, targets are scaled for the loss."""
+    args = small_args(icm, norm_value=True)
+    network, learner, transition, r = start(icm, args)
+    stats = icm.RunningStats(np.float64(2.0), np.float64(9.0), np.float64(50.0))
+    learner = learner._replace(opt_state=learner.opt_state._replace(value_stats=stats))
+    value = np.random.default_rng(11).normal(0, 1, (T + 1, N))
+    advantage, target = icm.estimate_advantages(learner, transition, value[..., None], args)
+    new, _ = icm.update(learner, transition, network, args)
+    true = 3 * value + 2
+    wanted = reference.gae(r["reward"], r["terminated"], r["done"], true, *discounts(learner))
+    np.testing.assert_allclose(advantage[:, 0], wanted.ravel(), rtol=1e-8)
+    np.testing.assert_allclose(target[:, 0], (wanted + true[:-1] - 2).ravel() / 3, rtol=1e-7)
+    assert new.opt_state.value_stats.count == 50 + r["mask"].sum()
+
+
+def test_annealed_numbers_end_at_their_least(icm):
+    floors = {"min_learning_rate": 4e-3, "min_ent_coef": 0.01}
+    args = small_args(icm, anneal_ent=True, anneal_intrinsic=True, intrinsic_weight=2.0, **floors)
+    _, learner, _, _ = start(icm, args)
+    found = icm.anneal(learner, args)
+    np.testing.assert_allclose(found.learning_rate, 1e-2 - 0.3 * 6e-3, rtol=1e-6)
+    np.testing.assert_allclose(found.ent_coef, 0.03 - 0.3 * 0.02, rtol=1e-6)
+    np.testing.assert_allclose(found.intrinsic_weight, 1.4, rtol=1e-6)
+
+
+# --- Encoders ---
+def test_parts_have_encoders_of_their_own(icm):
+    """Each sees its part only, by name or by range; what is not named goes in as it is."""
+    obs = np.random.default_rng(12).normal(0, 1, (5, 1, 6)).astype(np.float32)
+    for split, shown in (
+        (("0:4", "4:6"), obs),
+        (("near", "far"), {"near": obs[..., :4], "far": obs[..., 4:]}),
+    ):
+        args = icm.Args(split_obs=split, part_sizes=(7, 3), hidden_sizes=(4,))
+        network = icm.ActorCritic(spaces.Discrete(3), args)
+        seen = icm.Sequence(obs=shown, mask=jnp.ones((5, 1)))
+        params = network.init(jax.random.PRNGKey(0), seen)["params"]
+        widths = sorted(p["dense_0"]["kernel"].shape for n, p in params.items() if "part_" in n)
+        assert widths == [(2, 7), (4, 7)]
+        assert params["policy_0"]["kernel"].shape == (6, 4)
+    args = icm.Args(split_obs=("far",), part_sizes=(7, 3))
+    params = icm.ActorCritic(SPACE, args).init(jax.random.PRNGKey(0), seen)["params"]
+    assert params["mean_0"]["kernel"].shape == (4 + 3, 64)
+
+
+def test_images_have_convolutions_and_small_ones_statistics(icm):
+    args = icm.Args(env_id="MiniGrid-DoorKey-5x5-v0", activation="relu")
+    space = spaces.Dict(
+        image=spaces.Box(0, 255, (7, 7, 3), np.uint8),
+        large=spaces.Box(0, 255, (3, 40, 50), np.uint8),
+    )
+    network = icm.ActorCritic(spaces.Discrete(7), args)
+    obs = icm.encode_obs(icm.empty_obs(space), space)
+    learner = icm.init_learner(np.uint32(0), obs, network, args)
+    params = learner.params["params"]
+    assert params["part_image"]["conv_0"]["kernel"].shape == (3, 3, 3, 16)
+    assert params["part_large"]["conv_0"]["kernel"].shape == (8, 8, 3, 32)
+    shown = jax.tree.map(lambda x: x[None] + 9, obs)
+    found = icm.prepare_obs(shown, learner, args)
+    np.testing.assert_array_equal(found["large"], shown["large"])
+    np.testing.assert_allclose(found["image"], 9, rtol=1e-6)
+
+
+# --- Accelerators ---
+@pytest.mark.parametrize("device", ["cuda", "tpu"])
+def test_update_with_everything_lowers_for_accelerators(icm, device):
+    settings = {"recurrence": "lstm", "memory_size": H, "sequence_length": 4, "num_minibatches": 2}
+    args = curious_args(icm, **settings, intrinsic_critic=True, norm_value=True)
+    network, learner, transition, _ = start(icm, args)
+    memory = tuple(np.zeros((1, N, H), np.float32) for _ in range(2))
+    inputs = jax.tree.map(to_single, (learner, transition._replace(memory=memory)))
+    update = jax.jit(partial(icm.update, network=network, args=args))
+    text = jax.export.export(update, platforms=[device])(*inputs).mlir_module()
+    for word in ("callback", "f64", "infeed", "outfeed", "send", "recv"):
+        assert f" {word} " not in text and f"<{word}>" not in text and f"x{word}>" not in text, word
+
+
+# --- Runs ---
+RECALL = (
+    "--env-id jax:jax_tasks:recall --num-envs 16 --num-steps 32 --num-minibatches 4"
+    " --total-timesteps 40000 --hidden-sizes 16 --critic-sizes 16 --learning-rate 3e-3"
+    " --log-interval 20 --gamma 0.9"
+)
+
+
+@pytest.mark.parametrize("recurrence", ["lstm", "none"])
+def test_memory_learns_to_recall(tmp_path, recurrence):
+    """What it was shown five steps ago: 1 a hit, half of them by chance."""
+    line = ["python", str(ROOT / "ppo_icm_lstm.py"), *RECALL.split(), "--run-dir", "a"]
+    memory = ["--recurrence", recurrence, "--memory-size", "16"]
+    env = environment(JAX_DISABLE_MOST_OPTIMIZATIONS="0")
+    done = execute([*line, *memory], tmp_path, env)
+    assert done.returncode == 0, done.stderr
+    found = result(tmp_path / "a")["episodic_return"][0]
+    assert found > 0.95 if recurrence == "lstm" else found < 0.75
+
+
+WRONG = [
+    ("--split-obs 0:2 --env-id CartPole-v1", "--split-obs ends at 2: give ranges up to 4"),
+    ("--split-obs 1:4 --env-id CartPole-v1", "follow each other, 0 to 4"),
+    ("--split-obs legs --env-id CartPole-v1", "--split-obs legs: observations have obs"),
+    ("--split-obs 0:2 --env-id scripted:Nested-v0", "give keys of a Dict"),
+    ("--env-id scripted:Masked-box-v0", "action_mask, which Box actions do not take"),
+    ("--env-id scripted:Masked-short-v0", "its action_mask has 2 places, not 3"),
+]
+
+
+def test_what_an_environment_lacks_ends_in_one_line(icm):
+    """With exit code 2."""
+    for flags, said in WRONG:
+        args = icm.parse(flags.split(), default=icm.Args())
+        with pytest.raises(SystemExit) as failure:
+            icm.validate(args)
+            icm.make_env(args, [1])
+        assert failure.value.code == 2 and said in str(failure.value), (flags, str(failure.value))
+
+
+# --- Mutants: (the test that must turn red, a text of the script, what a slip would make of it) ---
+MUTANTS = [
+    (
+        test_memory_over_resets_and_bootstraps,
+        "memory = jax.tree.map(lambda x: x * mask[:, None], memory)\n            return memory",
+        "return memory",
+    ),
+    (test_memory_over_resets_and_bootstraps, "jnp.split(from_input + hidden", "jnp.split(hidden"),
+    (test_memory_over_resets_and_bootstraps, "jnp.moveaxis(x, 1, 3)", "x"),
+    (
+        test_sequences_are_the_whole,
+        "before[:: args.chunk_length]",
+        "before[-len(before[:: args.chunk_length]) :]",
+    ),
+    (test_sequences_are_the_whole, "memory[:-2]", "memory[1:-1]"),
+    (test_cells_are_those_of_flax, "reset * (h_new + bias)", "(h_new + bias)"),
+    (
+        test_rollouts_carry_memory,
+        "lambda x: x * mask[:, None], memory)\n    runner",
+        "lambda x: x, memory)\n    runner",
+    ),
+    (test_intrinsic_rewards_by_hand, ".reshape(shape) * rollout.mask", ".reshape(shape)"),
+    (test_intrinsic_rewards_by_hand, "rows(x[1:, :, 0])", "rows(x[:-1, :, 0])"),
+    (
+        test_curiositys_loss_and_its_gradient,
+        "jnp.mean(x * weight), samples",
+        "jnp.mean(x), samples",
+    ),
+    (
+        test_curiositys_loss_and_its_gradient,
+        "jnp.square(guess.predicted - guess.features)",
+        "jnp.square(guess.predicted - jax.lax.stop_gradient(guess.features))",
+    ),
+    (test_a_critic_of_curiosity_sees_no_ends, "terminated=never, done=never)", "terminated=never)"),
+    (
+        test_rewards_of_curiosity_are_scaled_and_added,
+        "jnp.where(mask > 0, gamma * total + reward, total)",
+        "gamma * total + reward",
+    ),
+    (test_distribution_of_several_choices, "first[:, None] + column", "column"),
+    (
+        test_bootstraps_are_bounded_where_a_future_is_cut_off,
+        "rollout.mask == 0, jnp",
+        "rollout.mask == 1, jnp",
+    ),
+]
+CASES = {
+    test_sequences_are_the_whole: {"recurrence": "lstm", "length": 4},
+    test_cells_are_those_of_flax: {"recurrence": "gru"},
+    test_rollouts_carry_memory: {"recurrence": "lstm"},
+    test_bootstraps_are_bounded_where_a_future_is_cut_off: {"bootstrap": "fixed"},
+}
+
+
+@pytest.mark.parametrize(
+    ("test", "text", "slip"), MUTANTS, ids=lambda x: getattr(x, "__name__", str(x))[:40]
+)
+def test_mutant_is_killed(test, text, slip):
+    source = (ROOT / "ppo_icm_lstm.py").read_text()
+    assert source.count(text) == 1, f"{text!r} stands {source.count(text)} times in the script"
+    mutant = load(ROOT / "ppo_icm_lstm.py", source.replace(text, slip))
+    with pytest.raises(AssertionError):
+        test(mutant, **CASES.get(test, {}))
