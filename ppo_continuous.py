@@ -120,6 +120,10 @@ class Args:
     """delete the run in the run folder and start afresh"""
     checkpoint_interval: int = 50
     """iterations between checkpoints"""
+    keep_best: bool = False
+    """also keep the checkpoint whose last 100 episodes earned the most, on average over seeds"""
+    use_best: bool = False
+    """in eval mode, run the policy of that checkpoint, not the last one's"""
     log_interval: int = 1
     """iterations between writes to TensorBoard (histograms: every tenth write)"""
     mode: Literal["train", "eval"] = "train"
@@ -159,6 +163,8 @@ class Args:
     """bound on scaled rewards (inf: off)"""
     scale_actions: bool = True
     """map actions in [-1, 1] to the environment's bounds, where it has some"""
+    squash_actions: bool = False
+    """tanh of actions instead of clipping them (their densities are of what is squashed)"""
     # Update
     learning_rate: float = 3e-4
     """Adam's step size"""
@@ -1497,6 +1503,8 @@ def env_action(action: Array, space: spaces.Box, args: Args) -> Array:
     """Returns what the environment gets for a policy's actions [..., U]: [..., *space.shape]."""
     low, high = action_bounds(space)
     action = action.reshape(*action.shape[:-1], *space.shape)
+    if args.squash_actions:
+        action = jnp.tanh(action)
     if args.scale_actions:
         bounded = np.isfinite(low) & np.isfinite(high)
         low_half = np.where(bounded, low, -1) / 2
@@ -1728,6 +1736,8 @@ RUN_FILES = (  # what a run folder holds, all of it
     "*.tmp",
     "checkpoints/*.msgpack",
     "checkpoints/*.tmp",
+    "best/*.msgpack",
+    "best/*.tmp",
     "events.out.tfevents.*",
     "seed*/events.out.tfevents.*",
     "videos/*.mp4",
@@ -2235,6 +2245,8 @@ FREE = {
     "total_timesteps",
     "clobber",
     "checkpoint_interval",
+    "keep_best",
+    "use_best",
     "log_interval",
     "mode",
     "deterministic",
@@ -2322,7 +2334,7 @@ def create_folder(args: Args, run: Run) -> None:
     """Writes what a run folder begins with; the script first and args.json last."""
     folder = args.folder
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    for temporary in [*folder.glob("*.tmp"), *folder.glob("checkpoints/*.tmp")]:
+    for temporary in [*folder.glob("*.tmp"), *folder.glob("*/*.msgpack.tmp")]:
         temporary.unlink()  # of a process that was killed while it wrote
     write_atomically(folder / Path(__file__).name, Path(__file__).read_bytes())
     described = {
@@ -2344,9 +2356,9 @@ class Seconds(NamedTuple):  # spent by all processes that have worked on a run
     learning: float = 0.0
 
 
-def checkpoint_paths(folder: Path) -> list[Path]:
-    """Returns the checkpoints of a run folder, the newest first."""
-    paths = (folder / "checkpoints").glob("*.msgpack")
+def checkpoint_paths(folder: Path, kind: str = "checkpoints") -> list[Path]:
+    """Returns the checkpoints of a run folder, or those of kind "best", the newest first."""
+    paths = (folder / kind).glob("*.msgpack")
     return sorted(paths, key=lambda path: int(path.stem), reverse=True)
 
 
@@ -2361,11 +2373,36 @@ def write_checkpoint(folder: Path, found: Checkpoint) -> None:
 
     The file is a SHA-256 digest of 32 bytes, and then what flax.serialization makes of the state.
     """
-    content = flax.serialization.to_bytes(found)
-    path = folder / "checkpoints" / f"{int(found.learner.iteration[0])}.msgpack"
-    write_atomically(path, hashlib.sha256(content).digest() + content)
+    write_state(folder / "checkpoints" / f"{int(found.learner.iteration[0])}.msgpack", found)
     for old in checkpoint_paths(folder)[2:]:
         old.unlink()
+
+
+def write_state(path: Path, found: Checkpoint) -> None:
+    """Writes a file that holds a checkpoint. Raises: OSError."""
+    content = flax.serialization.to_bytes(found)
+    write_atomically(path, hashlib.sha256(content).digest() + content)
+
+
+def write_best(folder: Path, found: Checkpoint) -> None:
+    """Writes a checkpoint as the best one, if its last 100 episodes earned more. Raises: OSError.
+
+    Several seeds are judged by their mean.
+    """
+    returns = last_100(found.learner)
+    if None in returns:
+        return
+    best = None
+    with suppress(ValueError):  # one that is not readable is replaced
+        best = newest_checkpoint(folder, found.learner, "best")
+    if best is not None and np.mean(last_100(best.learner)) >= np.mean(returns):
+        return
+    (folder / "best").mkdir(exist_ok=True)
+    path = folder / "best" / f"{int(found.learner.iteration[0])}.msgpack"
+    write_state(path, found)
+    for old in checkpoint_paths(folder, "best"):
+        if old != path:
+            old.unlink()
 
 
 def read_checkpoint(path: Path, like: LearnerState) -> Checkpoint:
@@ -2396,12 +2433,14 @@ def last_iteration(folder: Path) -> int:
     return 0
 
 
-def newest_checkpoint(folder: Path, like: LearnerState) -> Checkpoint | None:
-    """Returns what the newest readable checkpoint holds, None where there are none.
+def newest_checkpoint(
+    folder: Path, like: LearnerState, kind: str = "checkpoints"
+) -> Checkpoint | None:
+    """Returns what the newest readable checkpoint of a kind holds, None where there are none.
 
     Raises: ValueError where there are some, but none readable.
     """
-    paths = checkpoint_paths(folder)
+    paths = checkpoint_paths(folder, kind)
     for path in paths:
         try:
             return read_checkpoint(path, like)
@@ -2474,6 +2513,8 @@ def save(args: Args, found: Checkpoint) -> None:
         fail(f"{bad} is not finite after {args.env_id}'s last rollout; no checkpoint", code=1)
     try:
         write_checkpoint(folder, found)
+        if args.keep_best:
+            write_best(folder, found)
         result = make_result(args, learner, found.seconds)
         write_atomically(folder / "result.json", to_json(result).encode())
     except OSError as error:
@@ -2798,8 +2839,12 @@ class SavedRun(NamedTuple):  # what a run folder holds
     seconds: Seconds
 
 
-def read_run(folder: Path) -> SavedRun:
-    """Returns what a run folder holds, without environments. Raises: ValueError, OSError."""
+def read_run(folder: Path, best: bool = False) -> SavedRun:
+    """Returns what a run folder holds, without environments. Raises: ValueError, OSError.
+
+    Args:
+        best: whether of its checkpoints the best one is wanted, not the last.
+    """
     name = Path(__file__).name
     if other_script(folder):
         raise ValueError(f"{folder} holds a run of {other_script(folder)}, not of {name}")
@@ -2817,7 +2862,9 @@ def read_run(folder: Path) -> SavedRun:
     args = replace(args, run_dir=str(folder))
     network = ActorCritic(action_space, args)
     like = jax.eval_shape(partial(init_learners, observation_space, network, args))
-    found = newest_checkpoint(folder, like)
+    found = newest_checkpoint(folder, like, "best" if best else "checkpoints")
+    if found is None and best:
+        raise ValueError(f"{folder} has no best checkpoint: train with --keep-best")
     if found is None:
         raise ValueError(f"{folder} has no checkpoint yet: wait for the first, or train on")
     return SavedRun(args, observation_space, action_space, found.learner, found.seconds)
@@ -2874,27 +2921,28 @@ class Policy:
         return action[0] if single else action
 
 
-def load(run_folder: str | Path, seed: int | None = None) -> Policy:
+def load(run_folder: str | Path, seed: int | None = None, best: bool = False) -> Policy:
     """Returns the trained policy of a run folder; no environment is started.
 
     Args:
         seed: which of a folder's seeds; the first where none is given.
+        best: whether that of the best checkpoint (--keep-best) is wanted, not the last one's.
 
     Raises: ValueError where the folder holds no readable run of this script, or not that seed.
     """
-    saved = read_run(Path(run_folder).resolve())
+    saved = read_run(Path(run_folder).resolve(), best)
     index = 0 if seed is None else seed - saved.args.seed
     if not 0 <= index < saved.args.num_seeds:
         raise ValueError(f"{run_folder} has no seed {seed}")
     return Policy(saved, index)
 
 
-def asked_of(folder: Path, command_line: list[str]) -> tuple[Args, SavedRun]:
+def asked_of(folder: Path, command_line: list[str], best: bool) -> tuple[Args, SavedRun]:
     """Returns what the command line asks of a run's evaluation, and the run.
 
     Stops with exit code 2 at a flag that contradicts the run. Raises: ValueError, OSError.
     """
-    saved = read_run(folder)
+    saved = read_run(folder, best)
     trained = saved.args
     plain = replace(trained, mode="eval", video=False, distributed=False, platform="auto")
     asked = parse(command_line, default=plain)
@@ -3063,7 +3111,7 @@ def main() -> None:
             train(args, mesh)
         else:
             try:
-                args, saved = asked_of(args.folder, sys.argv[1:])
+                args, saved = asked_of(args.folder, sys.argv[1:], args.use_best)
             except (ValueError, OSError) as error:
                 fail(f"--run-dir {error}")
             validate(args)

@@ -476,6 +476,11 @@ def check_env_action(ppo):
     np.testing.assert_allclose(scaled, [[-1, 0, 4, 1.5, 3]])
     clipped = ppo.env_action(action, space, ppo.Args(scale_actions=False))
     np.testing.assert_allclose(clipped, [[-1, 0, 2, 0.5, 3]])
+    if hasattr(ppo.Args(), "squash_actions"):
+        squashed = ppo.env_action(action, space, ppo.Args(squash_actions=True))
+        tanh = np.tanh(action[0])
+        wanted = [tanh[0], 2 + 2 * tanh[1], 4 + 2 * tanh[2], 1 + tanh[3], tanh[4]]
+        np.testing.assert_allclose(squashed[0], wanted, rtol=1e-5, atol=1e-6)
     flat = np.zeros((3, 4), np.float32)
     assert ppo.env_action(flat, Box(-1, 1, (2, 2)), ppo.Args()).shape == (3, 2, 2)
     most = float(np.finfo(np.float32).max)

@@ -142,6 +142,30 @@ def test_async_environments_use_all_cores(run, tmp_path, script):
     assert_close(tmp_path / "sync", tmp_path / "async", rtol=0, atol=0)
 
 
+@pytest.mark.costly
+def test_the_best_checkpoint_is_kept(run, tmp_path, script):
+    """It is the one whose last 100 episodes earned the most; evaluation and load can take it."""
+    flags = ["--checkpoint-interval", 1, "--keep-best", "--run-dir", "a"]
+    wild = ["--learning-rate", 0.3, "--total-timesteps", 640]  # which soon makes it worse
+    run(script, "--env-id", "scripted:Unbounded-v0", *flags, *wild)
+    points = scalars(tmp_path / "a")["charts/episodic_return_100"]
+    best, _ = max(points, key=lambda point: point[1])
+    (kept,) = (tmp_path / "a/best").glob("*.msgpack")
+    assert int(kept.stem) * 64 == best < 640
+    module = __import__(script)
+    good = module.load(tmp_path / "a", best=True)
+    last = module.load(tmp_path / "a")
+    assert good.learner.iteration == int(kept.stem) and last.learner.iteration == 10
+    means = []
+    for more in ([], ["--use-best"]):
+        run(script, "--mode", "eval", "--run-dir", "a", "--eval-episodes", 1, *more)
+        means.append(result(tmp_path / "a")["eval_return"][0]["mean"])
+    assert means[1] != means[0]
+    shutil.rmtree(tmp_path / "a/best")
+    bad = run(script, "--mode", "eval", "--run-dir", "a", "--use-best", check=False)
+    assert bad.returncode == 2 and "train with --keep-best" in bad.stderr.splitlines()[-1]
+
+
 def forgetful(policy):
     """Returns a policy that is always asked as at an episode's beginning, without its memory."""
 
