@@ -2361,7 +2361,7 @@ def iterate(last: Iteration, env: Environment, network: nn.Module, args: Args) -
 
     The runner's leaves are [S, N, ...], of the seeds and environments that are this device's.
     """
-    seeds, envs = last.runner.time_step.reward.shape
+    seeds, envs = last.runner.time_step.terminated.shape
     first = jax.lax.axis_index("process") * envs
     runner = jax.tree.map(lambda x: x.reshape(seeds * envs, *x.shape[2:]), last.runner)
     acting = last.learner._replace(opt_state=None)

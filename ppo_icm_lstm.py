@@ -249,9 +249,9 @@ class Args:
     """weight of the forward model's loss; the inverse model's is 1 less this"""
     icm_learning_rate: float = 1e-3
     """Adam's step size for the curiosity"""
-    icm_sizes: tuple[int, ...] = (128, 128)
+    icm_sizes: tuple[int, ...] = (64,)
     """widths of the hidden layers of its encoder and models"""
-    icm_features: int = 128
+    icm_features: int = 32
     """number of features that it predicts"""
     # Network
     hidden_sizes: tuple[int, ...] = (64, 64)
@@ -2965,7 +2965,7 @@ def iterate(last: Iteration, env: Environment, network: nn.Module, args: Args) -
 
     The runner's leaves are [S, N, ...], of the seeds and environments that are this device's.
     """
-    seeds, envs = last.runner.time_step.reward.shape
+    seeds, envs = last.runner.time_step.terminated.shape
     first = jax.lax.axis_index("process") * envs
     runner = jax.tree.map(lambda x: x.reshape(seeds * envs, *x.shape[2:]), last.runner)
     acting = last.learner._replace(opt_state=None)

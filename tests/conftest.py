@@ -41,6 +41,10 @@ SMALL = {
         " --recurrence gru --memory-size 4 --sequence-length 16"
         " --icm --icm-sizes 4 --icm-features 3"
     ),
+    "ppo_multiagent": words(
+        "--num-envs 1 --num-steps 64 --num-minibatches 2 --update-epochs 2"
+        " --hidden-sizes 8 --critic-sizes 8 --total-timesteps 128 --deterministic"
+    ),
     "ppo_cma": words(
         "--num-envs 1 --num-steps 64 --num-updates 3 --batch-size 16 --init-updates 9"
         " --hidden-sizes 8 8 --total-timesteps 128"
@@ -91,6 +95,11 @@ def atari():
 @pytest.fixture(scope="session")
 def icm():
     return load(ROOT / "ppo_icm_lstm.py")
+
+
+@pytest.fixture(scope="session")
+def team():
+    return load(ROOT / "ppo_multiagent.py")
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gymnasium.spaces import Box, Dict, Discrete
+from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 
 
 class State(NamedTuple):
@@ -137,3 +137,55 @@ class Recall:
 
 def recall():
     return Recall()
+
+
+class Duty(NamedTuple):
+    time: jax.Array
+    start: jax.Array
+
+
+class Team:
+    """Three agents; agent i earns 10^i for action 1, and agent 1 dies after its second step.
+
+    Agent i sees (i, time, start); action 2 is masked for agent 0. Episodes have four steps; they
+    terminate where start is below 0.5, and are truncated otherwise.
+    """
+
+    agents = 3
+    action_space = MultiDiscrete([3, 3, 3])
+    observation_space = Dict(
+        obs=Box(-np.inf, np.inf, (3, 3)),
+        reward=Box(-np.inf, np.inf, (3,)),
+        alive=Box(0, 1, (3,)),
+        action_mask=Box(0, 1, (3, 3)),
+        measure=Box(0, 1, ()),
+    )
+
+    def observe(self, state, reward):
+        number = jnp.arange(3.0)
+        time = jnp.full(3, state.time, jnp.float32)
+        dies = (number == 1) & (state.time >= 2) & (state.time < 4)
+        return {
+            "obs": jnp.stack([number, time, jnp.full(3, state.start)], axis=-1),
+            "reward": reward,
+            "alive": 1.0 - dies,
+            "action_mask": jnp.ones((3, 3)).at[0, 2].set(0),
+            "measure": state.time / 4,
+        }
+
+    def reset(self, key):
+        state = Duty(time=jnp.int32(0), start=jax.random.uniform(key))
+        return self.observe(state, jnp.zeros(3)), state
+
+    def step(self, key, state, action):
+        alive = self.observe(state, jnp.zeros(3))["alive"]
+        reward = (action == 1) * 10.0 ** jnp.arange(3) * alive
+        state = state._replace(time=state.time + 1)
+        ended = state.time == 4
+        terminated = ended & (state.start < 0.5)
+        obs = self.observe(state, reward)
+        return obs, state, jnp.sum(reward), terminated, ended & ~terminated, {}
+
+
+def team():
+    return Team()

@@ -239,6 +239,35 @@ class Masked(Counter):
         return obs, reward, terminated, truncated, info | more
 
 
+class Pair(gymnasium.Env):
+    """Two agents as rware has them: spaces in tuples, rewards in a list; they differ in size.
+
+    The first has two choices and sees its count and its own number; the second has three. Each
+    earns 1 for its highest choice.
+    """
+
+    def __init__(self, length=7):
+        self.length = length
+        self.count = 0
+        self.observation_space = spaces.Tuple([Box(-9, 9, (2,)), Box(-9, 9, (3,))])
+        self.action_space = spaces.Tuple([spaces.Discrete(2), spaces.Discrete(3)])
+
+    def obs(self):
+        own = np.array([self.count, 1], np.float32)
+        return own, np.array([self.count, 2, 5], np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.count = 0
+        return self.obs(), {}
+
+    def step(self, action):
+        assert action[0] in range(2) and action[1] in range(3)
+        self.count += 1
+        rewards = [float(action[0] == 1), float(action[1] == 2)]
+        return self.obs(), rewards, False, self.count == self.length, {}
+
+
 for name, entry, settings in (
     ("Counter-v0", Counter, {}),
     ("Chooser-v0", Chooser, {}),
@@ -264,6 +293,7 @@ for name, entry, settings in (
     ("Masked-key-v0", Masked, {"kind": "key"}),
     ("Masked-box-v0", Masked, {"kind": "box"}),
     ("Masked-short-v0", Masked, {"kind": "short"}),
+    ("Pair-v0", Pair, {}),
     ("NoActions-v0", Counter, {"space": Box(-1, 1, (0,))}),
     ("Unbounded-v0", Counter, {"space": Box(-np.inf, np.inf, (1,))}),
 ):

@@ -509,6 +509,13 @@ OWN_BAD_FLAGS = {
         "--frame-stack 0",
         "--critic-sizes 0",
     ],
+    "ppo_multiagent": [
+        "--num-minibatches 7",
+        "--sequence-length 16",
+        "--critic-sizes 8 0",
+        "--critic-input joint --algorithm ippo",
+        "--memory-size 0",
+    ],
     "ppo_icm_lstm": [
         "--num-minibatches 7",
         "--num-minibatches 2048 --norm-adv",

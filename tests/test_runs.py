@@ -14,7 +14,14 @@ from runs import events_of, result, run_in_two_processes, run_on_cores, scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 COUNTER = ["--env-id", "scripted:Counter-v0"]
-TOOLS = ("pytest", "ruff", "gymnax", "six")  # what tests need, and scripts only for some ids
+TOOLS = (
+    "pytest",
+    "ruff",
+    "gymnax",
+    "six",
+    "jumanji",
+    "jaxmarl",
+)  # what tests need, and scripts only for some ids
 
 
 def saved(folder):
@@ -293,6 +300,13 @@ SWITCHES = [
         " --reward-range-end -1 1 --obs-range -5 5 --intrinsic-critic --anneal-intrinsic"
         " --split-obs flat --min-learning-rate 1e-4 --anneal-ent --recompute-advantages",
     ),
+    (
+        "ppo_multiagent",
+        "Pair",
+        "--recurrence lstm --memory-size 4 --burn-in 2 --algorithm ippo --no-share-parameters"
+        " --num-seeds 2 --team-reward --no-norm-value --sequence-length 16",
+    ),
+    ("ppo_multiagent", "Nested", "--objective kl-penalty --anneal-ent --recompute-advantages"),
     ("ppo_icm_lstm", "Mirrored", "--bootstrap fixed --no-norm-intrinsic --num-seeds 2"),
     ("ppo_icm_lstm", "Masked-key", "--target-kl 0.01 --objective kl-penalty"),
     ("ppo_icm_lstm", "Choices", "--recurrence none --sequence-length None --init normc"),

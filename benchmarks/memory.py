@@ -1,0 +1,104 @@
+"""What ppo_icm_lstm.py reaches: five seeds each, and 100 evaluation episodes of each seed.
+
+    python benchmarks/memory.py  # all tasks, hours; goes on where it was
+    python benchmarks/memory.py --tasks cartpole mountaincar-icm
+
+Writes benchmarks/results/memory.json and memory.png. Scores are of deterministic policies, but
+where a task's evaluation says otherwise. What a task needs beyond the defaults is in TASKS.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tyro
+from curves import curve, draw, line_of
+from speed import ROOT
+
+
+class Task(NamedTuple):
+    env_id: str
+    steps: int  # per seed
+    bar: float  # for the mean return
+    flags: str = ""
+    evaluation: str = ""
+
+
+LSTM = "--recurrence lstm"
+GRID = "--activation relu --num-envs 32 --sequence-length 32"
+TASKS = {
+    "cartpole": Task("CartPole-v1", 100_000, 500),
+    "acrobot": Task("Acrobot-v1", 500_000, -82),
+    "lunarlander": Task("LunarLander-v3", 1_000_000, 240),
+    "mountaincar-icm": Task("MountainCar-v0", 500_000, -110, "--icm"),
+    "mountaincar-plain": Task("MountainCar-v0", 500_000, -110),
+    "mountaincarcontinuous-icm": Task(
+        "MountainCarContinuous-v0", 200_000, 92, "--icm --no-norm-reward --extrinsic-weight 0.1"
+    ),
+    "cartpole-novel-lstm": Task("benchmarks.envs:CartPoleNoVel-v1", 100_000, 500, LSTM),
+    "cartpole-novel-none": Task("benchmarks.envs:CartPoleNoVel-v1", 100_000, 500),
+    "pendulum-novel-lstm": Task("benchmarks.envs:PendulumNoVel-v1", 100_000, -220, LSTM),
+    "memory-s9": Task(
+        "MiniGrid-MemoryS9-v0", 1_500_000, 0.9, f"{LSTM} {GRID}", "--no-deterministic"
+    ),
+    "doorkey-lstm": Task(
+        "MiniGrid-DoorKey-6x6-v0", 300_000, 0.9, f"{LSTM} {GRID}", "--no-deterministic"
+    ),
+    "doorkey-lstm-icm": Task(
+        "MiniGrid-DoorKey-6x6-v0", 300_000, 0.9, f"{LSTM} --icm {GRID}", "--no-deterministic"
+    ),
+    "continuous-cartpole": Task("benchmarks.envs:ContinuousCartPole-v0", 100_000, 500),
+    "bipedalwalker": Task("BipedalWalker-v3", 5_000_000, 300, "--ent-coef 0"),
+}
+
+
+def run(name: str, task: Task, script: str, num_seeds: int) -> Path:
+    """Trains and evaluates what is missing of a task; returns its run folder."""
+    folder = ROOT / "runs" / Path(script).stem / "benchmark" / name
+    command = [sys.executable, str(ROOT / script)]
+    line = ["--env-id", task.env_id, "--total-timesteps", str(task.steps), "--exp-name", name]
+    line += ["--num-seeds", str(num_seeds), "--run-dir", str(folder), *task.flags.split()]
+    subprocess.run([*command, *line], check=True, cwd=ROOT)
+    if json.loads((folder / "result.json").read_text())["eval_return"] is None:
+        line = ["--mode", "eval", "--run-dir", str(folder), *task.evaluation.split()]
+        subprocess.run([*command, *line], check=True, cwd=ROOT)
+    return folder
+
+
+def steps_to(folder: Path, score: float) -> list[int | None]:
+    """Returns each seed's steps until its smoothed training return reaches a score."""
+    found = []
+    for seed in sorted(folder.glob("seed*")) or [folder]:
+        steps, returns = curve(seed)
+        reached = steps[returns >= score]
+        found.append(int(reached[0]) if len(reached) else None)
+    return found
+
+
+def measure(tasks: dict[str, Task], script: str, num_seeds: int, path: Path) -> None:
+    """Runs tasks one after another, says what each reached, and draws their curves."""
+    lines = json.loads(path.read_text()) if path.exists() else {}
+    for name, task in tasks.items():
+        folder = run(name, task, script, num_seeds)
+        result = json.loads((folder / "result.json").read_text())
+        scores = [row["mean"] for row in result["eval_return"]]
+        line = line_of(folder) | {"eval_return": scores, "flags": task.flags, "bar": task.bar}
+        lines[name] = line | {"steps_to_bar": steps_to(folder, task.bar), "sps": result["sps"]}
+        path.write_text(json.dumps(lines) + "\n")
+        said = f"{np.round(scores, 2)}, mean {np.mean(scores):.2f}, bar {task.bar}"
+        print(f"{name}: {said}, reached after {lines[name]['steps_to_bar']}", flush=True)
+    draw(list(lines.values()), path.with_suffix(".png"))
+
+
+def main(tasks: tuple[str, ...] = tuple(TASKS), num_seeds: int = 5) -> None:
+    """Runs what is missing of tasks."""
+    asked = {name: TASKS[name] for name in tasks}
+    path = ROOT / "benchmarks/results/memory.json"
+    measure(asked, "ppo_icm_lstm.py", num_seeds, path)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

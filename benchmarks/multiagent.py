@@ -1,0 +1,39 @@
+"""What ppo_multiagent.py reaches: MAPPO and IPPO on the same tasks and seeds, sampled evaluation.
+
+    python benchmarks/multiagent.py  # all tasks, hours; goes on where it was
+    python benchmarks/multiagent.py --tasks lbf-8x8-mappo lbf-8x8-ippo --num-seeds 5
+
+Writes benchmarks/results/multiagent.json and multiagent.png. Returns are the team's.
+"""
+
+import tyro
+from memory import Task, measure
+from speed import ROOT
+
+JUMANJI = "--log-interval 10"
+FORAGING = "jumanji/LevelBasedForaging-v0"
+WAREHOUSE = "jumanji/RobotWarehouse-v0"
+PAIRS = {  # each is run as MAPPO and as IPPO
+    "lbf-8x8": Task(FORAGING, 2_000_000, 0.99, f"{JUMANJI} --scenario 2s-8x8-2p-2f-coop"),
+    "lbf-10x10": Task(FORAGING, 20_000_000, 0.97, f"{JUMANJI} --scenario 10x10-3p-3f"),
+    "rware-tiny-2ag": Task(WAREHOUSE, 20_000_000, 16, f"{JUMANJI} --scenario tiny-2ag"),
+    "rware-tiny-4ag": Task(WAREHOUSE, 20_000_000, 24, f"{JUMANJI} --scenario tiny-4ag"),
+    "spread": Task("jaxmarl/MPE_simple_spread_v3", 20_000_000, -133.5, JUMANJI),
+    "pressureplate": Task("benchmarks.envs:PressurePlate-4p-v0", 1_000_000, -19.27),
+}
+TASKS = {
+    f"{name}-{algorithm}": task._replace(flags=f"{task.flags} --algorithm {algorithm}")
+    for name, task in PAIRS.items()
+    for algorithm in ("mappo", "ippo")
+}
+
+
+def main(tasks: tuple[str, ...] = tuple(TASKS), num_seeds: int = 5) -> None:
+    """Runs what is missing of tasks."""
+    asked = {name: TASKS[name] for name in tasks}
+    path = ROOT / "benchmarks/results/multiagent.json"
+    measure(asked, "ppo_multiagent.py", num_seeds, path)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
