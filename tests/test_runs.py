@@ -57,6 +57,7 @@ def test_same_command_same_curves(run, tmp_path, script):
     assert set(keys.split()) <= r.keys()
 
 
+@pytest.mark.costly
 def test_tensorboard_shows_settings_networks_and_histograms(run, tmp_path, script):
     run(script, *COUNTER, "--total-timesteps", 640, "--run-dir", "a")
     events = EventAccumulator(str(tmp_path / "a"), size_guidance={"tensors": 0}).Reload()
@@ -79,6 +80,7 @@ def test_resumed_equals_never_stopped(run, tmp_path, script):
     assert scalars(tmp_path / "whole") == scalars(tmp_path / "halves")
 
 
+@pytest.mark.costly
 def test_two_processes_compute_what_one_does(run, tmp_path, script):
     flags = ["--env-id", "Pendulum-v1", "--num-envs", 4, "--total-timesteps", 768]
     # Statistics of returns would start from different episodes' sums, to rounding
@@ -121,6 +123,7 @@ m.main()
     assert_close(tmp_path / "one", tmp_path / "two", rtol=0, atol=0)
 
 
+@pytest.mark.costly
 def test_seeds_in_one_process_are_lone_runs(run, tmp_path, script):
     flags = ["--env-id", "Pendulum-v1", "--num-envs", 4, "--total-timesteps", 768]
     run(script, *flags, "--seed", 3, "--run-dir", "lone")
