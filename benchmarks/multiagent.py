@@ -19,7 +19,7 @@ PAIRS = {  # each is run as MAPPO and as IPPO
     "rware-tiny-2ag": Task(WAREHOUSE, 20_000_000, 16, f"{JUMANJI} --scenario tiny-2ag"),
     "rware-tiny-4ag": Task(WAREHOUSE, 20_000_000, 24, f"{JUMANJI} --scenario tiny-4ag"),
     "spread": Task("jaxmarl/MPE_simple_spread_v3", 20_000_000, -133.5, JUMANJI),
-    "pressureplate": Task("benchmarks.envs:PressurePlate-4p-v0", 1_000_000, -19.27),
+    "pressureplate": Task("benchmarks.envs:PressurePlate-4p-v0", 1_000_000, 4 * -19.27),
 }
 TASKS = {
     f"{name}-{algorithm}": task._replace(flags=f"{task.flags} --algorithm {algorithm}")
