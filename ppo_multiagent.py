@@ -1369,6 +1369,7 @@ def make_env(args: Args, env_seeds: list[int], render: bool = False) -> Environm
     choices, at a --critic-input that the environment does not have, and as open_env does.
     """
     register_pettingzoo(args.env_id)
+    keep_step_limit(args.env_id)
     env = open_env(args, env_seeds, render)
     space = env.action_space
     if is_joint(env.observation_space):
@@ -1745,6 +1746,24 @@ def register_pettingzoo(env_id: str) -> None:
     if prefix == "pettingzoo" and env_id not in gymnasium.registry:
         settings = {"module": module}
         gymnasium.register(env_id, ParallelEnvironment, kwargs=settings, disable_env_checker=True)
+
+
+def keep_step_limit(env_id: str) -> None:
+    """Lets an environment's constructor have its own max_episode_steps, as lbforaging's needs.
+
+    gymnasium.make_vec takes it for that of make.
+    """
+    module, _, name = env_id.rpartition(":")
+    with suppress(ImportError, ValueError):  # open_env says what is wrong
+        if module:
+            importlib.import_module(module)
+    spec = gymnasium.registry.get(name)
+    if spec is not None and "max_episode_steps" in spec.kwargs:
+        create = spec.entry_point
+        if isinstance(create, str):
+            create = gymnasium.envs.registration.load_env_creator(create)
+        spec.entry_point = partial(create, **spec.kwargs)
+        spec.kwargs = {}
 
 
 WRAPPERS = [JointObservation, ObservationCopies]  # of each Gymnasium environment

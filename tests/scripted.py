@@ -268,6 +268,13 @@ class Pair(gymnasium.Env):
         return self.obs(), rewards, False, self.count == self.length, {}
 
 
+class Limited(Pair):
+    """With a limit of its own that is called as Gymnasium's."""
+
+    def __init__(self, max_episode_steps):
+        super().__init__(length=max_episode_steps)
+
+
 for name, entry, settings in (
     ("Counter-v0", Counter, {}),
     ("Chooser-v0", Chooser, {}),
@@ -294,6 +301,7 @@ for name, entry, settings in (
     ("Masked-box-v0", Masked, {"kind": "box"}),
     ("Masked-short-v0", Masked, {"kind": "short"}),
     ("Pair-v0", Pair, {}),
+    ("Limited-v0", Limited, {"max_episode_steps": 5}),
     ("NoActions-v0", Counter, {"space": Box(-1, 1, (0,))}),
     ("Unbounded-v0", Counter, {"space": Box(-np.inf, np.inf, (1,))}),
 ):

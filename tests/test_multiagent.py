@@ -194,6 +194,12 @@ def test_tuples_of_agents_are_joined(team):
     assert run.env.action_space == spaces.Discrete(3)
 
 
+def test_a_constructor_keeps_its_own_step_limit(team):
+    """As lbforaging's, which has it among its registered arguments."""
+    t, _ = play(team, "scripted:Limited-v0", 12, num_envs=1, **SMALL)
+    np.testing.assert_array_equal(np.flatnonzero(t.ended[:, 0]), [4, 10])
+
+
 def test_pettingzoo(team):
     """A parallel environment by its module, with its state for the critic."""
     pytest.importorskip("mpe2")
