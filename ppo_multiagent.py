@@ -2020,18 +2020,27 @@ def open_jumanji(args: Args, name: str, settings: dict) -> Task:
     jumanji = need(args, "jumanji", "jumanji")
     routing = "jumanji.environments.routing"
     known = {
-        "RobotWarehouse-v0": (robot_warehouse, f"{routing}.robot_warehouse.generator"),
-        "LevelBasedForaging-v0": (foraging, f"{routing}.lbf.generator"),
+        "RobotWarehouse-v0": (robot_warehouse, f"{routing}.robot_warehouse"),
+        "LevelBasedForaging-v0": (foraging, f"{routing}.lbf"),
     }
     require_known(args.env_id, [f"jumanji/{x}" for x in known])
     read, module = known[name]
     if args.scenario:
         try:
-            generator = importlib.import_module(module).RandomGenerator(**read(args.scenario))
+            generators = importlib.import_module(f"{module}.generator")
+            generator = generators.RandomGenerator(**read(args.scenario))
         except (KeyError, ValueError) as error:
             fail(f"--scenario {args.scenario} is none of {name}'s ({error!r}): see --help")
         settings = {"generator": generator} | settings
-    return jumanji_task(jumanji.make(name, **settings))
+    env = jumanji.make(name, **settings)
+    os.environ.setdefault("MPLBACKEND", "agg")  # no window is opened
+    shown = (env.grid_size, env.goals) if hasattr(env, "goals") else (env.grid_size,)
+    stem = name.removesuffix("-v0")
+    make_viewer = getattr(importlib.import_module(f"{module}.viewer"), f"{stem}Viewer")
+    viewer = make_viewer(*shown, render_mode="rgb_array")
+    return jumanji_task(env)._replace(
+        render=lambda state: np.asarray(viewer.render(state))[..., :3]
+    )
 
 
 def jumanji_task(env: Any) -> Task:
