@@ -310,9 +310,12 @@ SWITCHES = [
         " --num-seeds 2 --team-reward --no-norm-value --sequence-length 16",
     ),
     ("ppo_multiagent", "Nested", "--objective kl-penalty --anneal-ent --recompute-advantages"),
-    ("ppo_icm_lstm", "Mirrored", "--bootstrap fixed --no-norm-intrinsic --num-seeds 2"),
-    ("ppo_icm_lstm", "Masked-key", "--target-kl 0.01 --objective kl-penalty"),
-    ("ppo_icm_lstm", "Choices", "--recurrence none --sequence-length None --init normc"),
+    (
+        "ppo_icm_lstm",
+        "Masked-key",
+        "--recurrence none --no-icm --sequence-length None --init normc --bootstrap fixed"
+        " --target-kl 0.01 --objective kl-penalty",
+    ),
 ]
 
 
