@@ -1544,9 +1544,9 @@ def first_runner(env: Environment, args: Args) -> RunnerState:
     return RunnerState(env_state=env_state, time_step=time_step, episode=episode)
 
 
-def network_input(time_step: TimeStep, args: Args) -> Any:
+def network_input(runner: RunnerState) -> Any:
     """Returns what a network takes, for the first environment, not normalised."""
-    return jax.tree.map(lambda x: x[:1, 0], time_step.obs)
+    return jax.tree.map(lambda x: x[:1, 0], runner.time_step.obs)
 
 
 def episode_over(time_step: TimeStep) -> Array:
@@ -2637,7 +2637,7 @@ def open_event_files(args: Args, run: Run, step: int) -> list[EventFile]:
     table = ["|setting|value|", "|-|-|", *(f"|{name}|{value}|" for name, value in settings.items())]
     plain = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in settings.items()}
     options = {"width": 120, "force_terminal": False}
-    seen = network_input(run.runner.time_step, args)
+    seen = network_input(run.runner)
     layers = run.network.tabulate(jax.random.PRNGKey(0), seen, console_kwargs=options)
     files = []
     for seed in range(args.seed, args.seed + args.num_seeds):

@@ -407,6 +407,8 @@ def validate_sequences(args: Args) -> None:
         if args.num_steps % args.sequence_length:
             length = f"--sequence-length {args.sequence_length}"
             fail(f"{length} does not divide --num-steps {args.num_steps}")
+    if args.burn_in and args.recurrence == "none":
+        fail("--burn-in belongs to --recurrence lstm or gru: add that, or leave it out")
     require_between(args, "burn_in", 0, args.chunk_length - 1)
     sequences = args.rollout_size // args.chunk_length
     if sequences % args.num_minibatches:
@@ -706,9 +708,11 @@ def image_network(x: Array, args: Args) -> str:
         return "flat"
     _, height, width, _ = jax.eval_shape(channels_last, x).shape
     side = min(height, width)
-    if args.image_encoder == "auto":
-        return "nature" if side >= 36 else "small" if side >= 3 else "flat"
-    return args.image_encoder
+    if args.image_encoder != "auto":
+        return args.image_encoder
+    if side >= 36:
+        return "nature"
+    return "small" if side >= 3 else "flat"
 
 
 class PartEncoder(nn.Module):
@@ -769,7 +773,8 @@ def without_mask(obs: Any) -> tuple[Any, Array | None]:
     """Returns observations without their "action_mask", and that: bool [B, ...], None: none."""
     if not isinstance(obs, dict) or "action_mask" not in obs:
         return obs, None
-    return {name: x for name, x in obs.items() if name != "action_mask"}, obs["action_mask"]
+    others = {name: x for name, x in obs.items() if name != "action_mask"}
+    return others, obs["action_mask"]
 
 
 class Memory(nn.Module):
@@ -819,9 +824,10 @@ def lstm_cell(memory: tuple, from_input: Array, kernel: Array) -> tuple:
         kernel: [H, 4 H].
     """
     hidden, cell = memory
-    i, f, g, o = jnp.split(from_input + hidden @ kernel, 4, axis=-1)
-    cell = nn.sigmoid(f) * cell + nn.sigmoid(i) * jnp.tanh(g)
-    return nn.sigmoid(o) * jnp.tanh(cell), cell
+    gates = from_input + hidden @ kernel
+    input_gate, forget_gate, candidate, output_gate = jnp.split(gates, 4, axis=-1)
+    cell = nn.sigmoid(forget_gate) * cell + nn.sigmoid(input_gate) * jnp.tanh(candidate)
+    return nn.sigmoid(output_gate) * jnp.tanh(cell), cell
 
 
 def gru_cell(memory: tuple, from_input: Array, kernel: Array, bias: Array) -> tuple:
@@ -1101,9 +1107,11 @@ def clip_on_schedule(
     """Returns x within bounds that go linearly from `begin` to `end` over the run, if there are."""
     if begin is None:
         return x
-    part = learner.iteration / args.num_iterations
-    low, high = (a + (b - a) * part for a, b in zip(begin, end or begin, strict=True))
-    return jnp.clip(x, low.astype(x.dtype), high.astype(x.dtype))
+    part = (learner.iteration / args.num_iterations).astype(x.dtype)
+    end = end or begin
+    low = begin[0] + (end[0] - begin[0]) * part
+    high = begin[1] + (end[1] - begin[1]) * part
+    return jnp.clip(x, low, high)
 
 
 def prepare_obs(obs: Any, learner: LearnerState, args: Args) -> Any:
@@ -1225,6 +1233,9 @@ def icm_loss(
 ) -> tuple[Array, dict[str, Array]]:
     """Returns the curiosity's loss on a minibatch [B, L, ...], a scalar, and metrics, scalars.
 
+    Args:
+        batch: whose mask is a weight of mean 1.
+
     Source: arXiv 1705.05363, eq. 2 to 7; the forward model's loss reaches the features, too.
     """
 
@@ -1234,8 +1245,6 @@ def icm_loss(
     obs = jax.tree.map(rows, batch.obs.obs)
     next_obs = jax.tree.map(rows, batch.next_obs)
     action = rows(batch.action)
-    mask = rows(batch.obs.mask)
-    weight = mask / jnp.maximum(jnp.mean(mask), 1e-8)
     curiosity = Curiosity(network.action_space, args)
     guess, value, _ = curiosity.apply(params, obs, next_obs, action)
     samples = {
@@ -1244,10 +1253,12 @@ def icm_loss(
     }
     if args.intrinsic_critic:
         samples["icm/value_loss"] = 0.5 * jnp.square(value - rows(batch.intrinsic_target))
-    mean = jax.tree.map(lambda x: jnp.mean(x * weight), samples)
+    mean = jax.tree.map(lambda x: jnp.mean(x * rows(batch.mask)), samples)
     loss = args.icm_beta * mean["icm/forward_loss"]
     loss += (1 - args.icm_beta) * mean["icm/inverse_loss"]
-    return loss + mean.get("icm/value_loss", 0.0), mean
+    if args.intrinsic_critic:
+        loss += mean["icm/value_loss"]
+    return loss, mean
 
 
 def squared_error(guess: Guess) -> Array:
@@ -1790,6 +1801,7 @@ def make_env(args: Args, env_seeds: list[int], render: bool = False) -> Environm
     check_action_mask(obs, space, args)
     obs, _ = without_mask(obs)
     check_parts(obs, args)
+    check_images(obs, args)
     return with_boolean_mask(env)
 
 
@@ -1824,6 +1836,20 @@ def check_parts(obs: Any, args: Args) -> None:
             end = int(last)
     if 0 < end < size:
         fail(f"--split-obs ends at {end}: give ranges up to {size}, all of the observation")
+
+
+def check_images(obs: Any, args: Args) -> None:
+    """Stops with exit code 2 where an image [1, ...] is smaller than --image-encoder's kernels."""
+    for name, x in observation_parts(obs, args).items():
+        network = image_network(x, args)
+        if network == "flat":
+            continue
+        _, height, width, _ = jax.eval_shape(channels_last, x).shape
+        side = min(height, width)
+        for _, size, stride in PLAIN[network][0]:
+            if side < size:
+                fail(f"--image-encoder {network} is for larger images than {name}: try small, flat")
+            side = (side - size) // stride + 1
 
 
 def with_boolean_mask(env: Environment) -> Environment:
@@ -2459,10 +2485,13 @@ def first_runner(env: Environment, args: Args) -> RunnerState:
     )
 
 
-def network_input(time_step: TimeStep, args: Args) -> Sequence:
+def network_input(runner: RunnerState) -> Sequence:
     """Returns what a network takes, for the first environment, not normalised."""
-    obs = jax.tree.map(lambda x: x[:1], time_step.obs)  # K = 1 stands for L = 1
-    return Sequence(obs=obs, mask=jnp.ones((1, 1), jnp.float32), memory=empty_memory(1, args))
+    return Sequence(
+        obs=jax.tree.map(lambda x: x[:1, :1], runner.time_step.obs),  # one step
+        mask=jnp.ones((1, 1), jnp.float32),
+        memory=jax.tree.map(lambda x: x[:1], runner.memory),
+    )
 
 
 def episode_over(time_step: TimeStep) -> Array:
@@ -3535,7 +3564,7 @@ def open_event_files(args: Args, run: Run, step: int) -> list[EventFile]:
     table = ["|setting|value|", "|-|-|", *(f"|{name}|{value}|" for name, value in settings.items())]
     plain = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in settings.items()}
     options = {"width": 120, "force_terminal": False}
-    seen = network_input(run.runner.time_step, args)
+    seen = network_input(run.runner)
     layers = run.network.tabulate(jax.random.PRNGKey(0), seen, console_kwargs=options)
     files = []
     for seed in range(args.seed, args.seed + args.num_seeds):

@@ -363,6 +363,8 @@ def validate_sequences(args: Args) -> None:
         if args.num_steps % args.sequence_length:
             length = f"--sequence-length {args.sequence_length}"
             fail(f"{length} does not divide --num-steps {args.num_steps}")
+    if args.burn_in and args.recurrence == "none":
+        fail("--burn-in belongs to --recurrence lstm or gru: add that, or leave it out")
     require_between(args, "burn_in", 0, args.chunk_length - 1)
     sequences = args.rollout_size // args.chunk_length
     if sequences % args.num_minibatches:
@@ -525,7 +527,7 @@ def views_of(obs: Any) -> Views:
 
     Those of several agents are dicts with the keys of `agent_obs`; another is everybody's.
     """
-    if not isinstance(obs, dict) or "critic" not in obs:
+    if not isinstance(obs, dict) or set(obs) != {"obs", "critic", "agent", "action_mask"}:
         return Views(actor=obs, critic=obs, action_mask=None, agent=None)
     agent = obs["agent"]
     return Views(
@@ -583,9 +585,10 @@ def lstm_cell(memory: tuple, from_input: Array, kernel: Array) -> tuple:
         kernel: [H, 4 H].
     """
     hidden, cell = memory
-    i, f, g, o = jnp.split(from_input + hidden @ kernel, 4, axis=-1)
-    cell = nn.sigmoid(f) * cell + nn.sigmoid(i) * jnp.tanh(g)
-    return nn.sigmoid(o) * jnp.tanh(cell), cell
+    gates = from_input + hidden @ kernel
+    input_gate, forget_gate, candidate, output_gate = jnp.split(gates, 4, axis=-1)
+    cell = nn.sigmoid(forget_gate) * cell + nn.sigmoid(input_gate) * jnp.tanh(candidate)
+    return nn.sigmoid(output_gate) * jnp.tanh(cell), cell
 
 
 def gru_cell(memory: tuple, from_input: Array, kernel: Array, bias: Array) -> tuple:
@@ -1332,22 +1335,18 @@ class TimeStep(NamedTuple):  # what S*N environments return, leaves [S*N, ...]
     reward: Array  # [S*N, A], that agents learn from
     terminated: Array  # bool
     truncated: Array  # bool; never both
-    score: Array  # the team's reward
-    alive: Array  # bool [S*N, A], whether an agent acts in the next step
-    measure: Array  # the task's own figure so far, 0 where there is none
+    score: Any = None  # the team's reward
+    alive: Any = None  # bool [S*N, A], whether an agent acts in the next step
+    measure: Any = None  # the task's own figure so far, 0 where there is none
 
 
 def make_time_step(obs: Any, reward: Array, terminated: Array, truncated: Array) -> TimeStep:
-    """Returns what an environment shows, as if of one agent; an end that is both is terminated."""
-    reward = reward.astype("float32")
+    """Returns what an environment shows; an end that is both counts as terminated."""
     return TimeStep(
         obs=obs,
-        reward=reward,
+        reward=reward.astype("float32"),
         terminated=terminated,
         truncated=truncated & ~terminated,
-        score=reward,
-        alive=terminated | True,
-        measure=0 * reward,
     )
 
 
@@ -1404,10 +1403,13 @@ def with_one_agent(env: Environment) -> Environment:
     """Returns environments of one agent with an axis of agents."""
 
     def show(time_step: TimeStep) -> TimeStep:
+        reward = time_step.reward
         return time_step._replace(
             obs=jax.tree.map(lambda x: x[:, None], time_step.obs),
-            reward=time_step.reward[:, None],
-            alive=time_step.alive[:, None],
+            reward=reward[:, None],
+            score=reward,
+            alive=jnp.ones((len(reward), 1), bool),
+            measure=jnp.zeros_like(reward),
         )
 
     def step(env_state: Any, action: Array) -> tuple[Any, TimeStep]:
@@ -1431,16 +1433,18 @@ def split_agents(env: Environment, args: Args) -> Environment:
 
     def show(time_step: TimeStep) -> TimeStep:
         parts = time_step.obs  # leaves [S*N, K, ...]
-        own = parts["reward"][:, 0]
-        reward = jnp.broadcast_to(time_step.reward[:, None], own.shape)
-        alive = parts["alive"][:, 0] > 0
-        measure = jnp.zeros_like(time_step.reward)
+        score = time_step.reward
+        reward = parts["reward"][:, 0]
+        if args.team_reward:
+            reward = jnp.broadcast_to(score[:, None], reward.shape)
+        measure = jnp.zeros_like(score)
         if "measure" in parts:
             measure = parts["measure"].reshape(len(measure))
         return time_step._replace(
             obs=agent_obs(parts, critic_input, joint_space),
-            reward=reward if args.team_reward else own,
-            alive=alive,
+            reward=reward,
+            score=score,
+            alive=parts["alive"][:, 0] > 0,
             measure=measure,
         )
 
@@ -1450,19 +1454,24 @@ def split_agents(env: Environment, args: Args) -> Environment:
 
     env_state, first = env.first
     shown = show(first)
-    obs_space = {
-        name: spaces.MultiBinary(x.shape[3:])
-        if x.dtype == bool
-        else spaces.Box(-np.inf, np.inf, x.shape[3:])
-        for name, x in shown.obs.items()
-    }
     return env._replace(
         first=(env_state, shown),
         step=step,
-        observation_space=spaces.Dict(obs_space),
+        observation_space=space_of_agent_obs(shown.obs),
         action_space=space_of_agent(joint_space),
         threshold=None,
     )
+
+
+def space_of_agent_obs(obs: dict[str, Array]) -> spaces.Dict:
+    """Returns the space of what one agent's networks see, of what all see, [S*N, A, K, ...]."""
+    parts = {}
+    for name, x in obs.items():
+        shape = x.shape[3:]
+        parts[name] = spaces.Box(-np.inf, np.inf, shape)
+        if x.dtype == bool:
+            parts[name] = spaces.MultiBinary(shape)
+    return spaces.Dict(parts)
 
 
 def space_of_agent(space: spaces.Space) -> spaces.Space:
@@ -1484,9 +1493,9 @@ def agent_obs(parts: dict, critic_input: str, space: spaces.Space) -> dict[str, 
     """
     obs = parts["obs"]
     envs, copies, agents = obs.shape[:3]
-    shared = {"joint": obs, "state": parts.get("state"), "local": None}[critic_input]
     critic = obs
-    if shared is not None:
+    if critic_input != "local":
+        shared = parts["state"] if critic_input == "state" else obs
         flat = shared.reshape(envs, copies, 1, -1)
         critic = jnp.broadcast_to(flat, (envs, copies, agents, flat.shape[-1]))
     who = jnp.eye(agents, dtype=bool)
@@ -1694,8 +1703,9 @@ class JointObservation(gymnasium.Wrapper):
             return self.env.step(action)
         parts = [x.astype(space.dtype) for x, space in zip(action, self.parts, strict=True)]
         obs, reward, terminated, truncated, info = self.env.step(tuple(parts))
-        ends = (bool(np.all(x)) for x in (terminated, truncated))
-        return self.shown(obs, reward, info), float(np.sum(reward)), *ends, {}
+        over = bool(np.all(terminated))
+        cut = bool(np.all(truncated))
+        return self.shown(obs, reward, info), float(np.sum(reward)), over, cut, {}
 
 
 class ParallelEnvironment(gymnasium.Env):
@@ -2426,10 +2436,13 @@ def first_runner(env: Environment, args: Args) -> RunnerState:
     )
 
 
-def network_input(time_step: TimeStep, args: Args) -> Sequence:
-    """Returns what a network takes, for the first environment, not normalised."""
-    obs = jax.tree.map(lambda x: x[:1, 0, :1], time_step.obs)  # K = 1 stands for L = 1
-    return Sequence(obs=obs, mask=jnp.ones((1, 1), jnp.float32), memory=empty_memory(1, args))
+def network_input(runner: RunnerState) -> Sequence:
+    """Returns what a network takes, for the first agent, not normalised."""
+    return Sequence(
+        obs=jax.tree.map(lambda x: x[:1, 0, :1], runner.time_step.obs),  # one step
+        mask=jnp.ones((1, 1), jnp.float32),
+        memory=jax.tree.map(lambda x: x[:1, 0], runner.memory),
+    )
 
 
 def episode_over(time_step: TimeStep) -> Array:
@@ -3514,7 +3527,7 @@ def open_event_files(args: Args, run: Run, step: int) -> list[EventFile]:
     table = ["|setting|value|", "|-|-|", *(f"|{name}|{value}|" for name, value in settings.items())]
     plain = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in settings.items()}
     options = {"width": 120, "force_terminal": False}
-    seen = network_input(run.runner.time_step, args)
+    seen = network_input(run.runner)
     layers = run.network.tabulate(jax.random.PRNGKey(0), seen, console_kwargs=options)
     files = []
     for seed in range(args.seed, args.seed + args.num_seeds):

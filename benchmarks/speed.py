@@ -49,6 +49,30 @@ print("sps", 4096 / (time.perf_counter() - start))
 """
 
 
+PUREJAXRL = """
+import importlib, json, sys, time, jax
+sys.path.insert(0, sys.argv[1])
+make_train = importlib.import_module(sys.argv[2]).make_train
+config = json.loads(sys.argv[3])
+train = jax.jit(make_train(config)).lower(jax.random.PRNGKey(30)).compile()
+start = time.perf_counter()
+jax.block_until_ready(train(jax.random.PRNGKey(30)))
+steps = config["NUM_UPDATES"] * config["NUM_STEPS"] * config["NUM_ENVS"]
+print("sps", steps / (time.perf_counter() - start))
+"""
+
+
+def printed_speed(line: list[str]) -> float:
+    """Returns the steps per second that a command prints last."""
+    out = subprocess.run(line, check=True, capture_output=True, text=True).stdout
+    return float(out.split("sps")[-1])
+
+
+def purejaxrl_speed(python: str, checkout: Path, module: str, config: dict) -> float:
+    """Returns the steps per second of one of PureJaxRL's scripts, compilation left out."""
+    return printed_speed([python, "-c", PUREJAXRL, str(checkout), module, json.dumps(config)])
+
+
 def ours(flags: str, script: str = "ppo_continuous.py") -> dict:
     """Returns the content of result.json of a run of one of our scripts."""
     with tempfile.TemporaryDirectory() as folder:

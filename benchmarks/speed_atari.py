@@ -15,13 +15,12 @@ point operations of rollout and update, and the bytes that cross to the device. 
 """
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import tyro
-from speed import ROOT, ours
+from speed import ROOT, ours, printed_speed, purejaxrl_speed
 
 PONG = "--env-id Pong-v5"
 MINATAR = (
@@ -42,17 +41,6 @@ model.learn(1024)
 steps = 1024 * int(sys.argv[1])
 start = time.perf_counter()
 model.learn(steps)
-print("sps", steps / (time.perf_counter() - start))
-"""
-PUREJAXRL = """
-import json, sys, time, jax
-sys.path.insert(0, sys.argv[1])
-from ppo import make_train
-config = json.loads(sys.argv[2])
-train = jax.jit(make_train(config)).lower(jax.random.PRNGKey(30)).compile()
-start = time.perf_counter()
-jax.block_until_ready(train(jax.random.PRNGKey(30)))
-steps = config["NUM_UPDATES"] * config["NUM_STEPS"] * config["NUM_ENVS"]
 print("sps", steps / (time.perf_counter() - start))
 """
 CONFIG = {
@@ -79,12 +67,6 @@ MULTIPLICATIONS = (  # of the Nature network, for one observation
 )
 
 
-def printed_speed(line: list[str]) -> float:
-    """Returns the steps per second that a command prints last."""
-    out = subprocess.run(line, check=True, capture_output=True, text=True).stdout
-    return float(out.split("sps")[-1])
-
-
 def speed(flags: str, steps: int) -> dict:
     """Returns the content of result.json of a run of ours."""
     return ours(f"{flags} --total-timesteps {steps}", "ppo_atari.py")
@@ -104,10 +86,9 @@ def minatar(python: str, checkout: Path, repeats: int, iterations: int) -> dict:
     """Returns steps per second on MinAtar: theirs, ours, and ours with 16 seeds."""
     rows = {"PureJaxRL": [], "ours": [], "ours, 16 seeds": []}
     steps = ROLLOUT * iterations
-    config = json.dumps(CONFIG | {"TOTAL_TIMESTEPS": steps})
+    config = CONFIG | {"TOTAL_TIMESTEPS": steps}
     for _ in range(repeats):
-        theirs = [python, "-c", PUREJAXRL, str(checkout), config]
-        rows["PureJaxRL"].append(printed_speed(theirs))
+        rows["PureJaxRL"].append(purejaxrl_speed(python, checkout, "ppo", config))
         rows["ours"].append(speed(MINATAR, steps)["sps"])
         seeds = f"{MINATAR} --num-seeds 16"
         rows["ours, 16 seeds"].append(speed(seeds, steps // 4)["sps"])

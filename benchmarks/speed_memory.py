@@ -20,8 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from speed import ROOT, ours
-from speed_atari import printed_speed
+from speed import ROOT, ours, printed_speed, purejaxrl_speed
 
 SCRIPT = "ppo_icm_lstm.py"
 LSTM = (
@@ -48,18 +47,6 @@ PLAIN = (
     " --no-recompute-advantages --critic-sizes 64 64 --vf-coef 0.5 --log-std-init 0"
     " --learning-rate 1e-3"
 )
-PUREJAXRL = """
-import json, sys, time, jax
-sys.path.insert(0, sys.argv[1])
-import importlib
-make_train = importlib.import_module(sys.argv[2]).make_train
-config = json.loads(sys.argv[3])
-train = jax.jit(make_train(config)).lower(jax.random.PRNGKey(30)).compile()
-start = time.perf_counter()
-jax.block_until_ready(train(jax.random.PRNGKey(30)))
-steps = config["NUM_UPDATES"] * config["NUM_STEPS"] * config["NUM_ENVS"]
-print("sps", steps / (time.perf_counter() - start))
-"""
 CONFIG = {  # of both, as they stand in their files
     "LR": 2.5e-4,
     "NUM_ENVS": 4,
@@ -90,15 +77,9 @@ def speed(flags: str, steps: int, script: str = SCRIPT) -> float:
     return ours(f"{flags} --total-timesteps {steps}", script)["sps"]
 
 
-def purejaxrl(python: str, checkout: Path, module: str, steps: int) -> float:
-    """Returns the steps per second of one of PureJaxRL's scripts."""
-    config = json.dumps(CONFIG | {"TOTAL_TIMESTEPS": steps})
-    return printed_speed([python, "-c", PUREJAXRL, str(checkout), module, config])
-
-
 def main(
     peer_python: str = sys.executable,
-    purejaxrl_checkout: Path | None = None,
+    purejaxrl: Path | None = None,
     repeats: int = 3,
     iterations: int = 20,
 ) -> None:
@@ -114,11 +95,12 @@ def main(
         add("ours, LSTM", speed(LSTM, 5 * steps))
         add("ppo_continuous.py", speed(PLAIN, 10 * steps, "ppo_continuous.py"))
         add("ours, none", speed(f"{PLAIN} --ent-coef 0", 10 * steps))
-        if purejaxrl_checkout is not None:
-            add("PureJaxRL ppo", purejaxrl(peer_python, purejaxrl_checkout, "ppo", 50 * steps))
+        if purejaxrl is not None:
+            config = CONFIG | {"TOTAL_TIMESTEPS": 50 * steps}
+            add("PureJaxRL ppo", purejaxrl_speed(peer_python, purejaxrl, "ppo", config))
             add("ours, gymnax", speed(NATIVE, 50 * steps))
-            found = purejaxrl(peer_python, purejaxrl_checkout, "ppo_rnn", 5 * steps)
-            add("PureJaxRL ppo_rnn", found)
+            config["TOTAL_TIMESTEPS"] = 5 * steps
+            add("PureJaxRL ppo_rnn", purejaxrl_speed(peer_python, purejaxrl, "ppo_rnn", config))
             add("ours, gymnax, GRU", speed(GRU, 5 * steps))
     middle = {name: float(np.median(values)) for name, values in rows.items()}
     pairs = {

@@ -11,30 +11,18 @@ benchmarks/results/speed_native.json.
 """
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import tyro
-from speed import ROOT, ours
+from speed import ROOT, ours, purejaxrl_speed
 
 OWN = (
     "--env-id brax/hopper --num-steps 10 --update-epochs 4 --no-anneal-lr --hidden-sizes 256 256"
     " --critic-sizes 256 256 --no-recompute-advantages --norm-adv --clip-vloss --vf-coef 0.5"
     ' --log-std-init 0 --env-kwargs {"backend":"positional"} --log-interval 10'
 )
-PEER = """
-import json, sys, time, jax
-sys.path.insert(0, sys.argv[1])
-from ppo_continuous_action import make_train
-config = json.loads(sys.argv[2])
-train = jax.jit(make_train(config)).lower(jax.random.PRNGKey(30)).compile()
-start = time.perf_counter()
-jax.block_until_ready(train(jax.random.PRNGKey(30)))
-steps = config["NUM_UPDATES"] * config["NUM_STEPS"] * config["NUM_ENVS"]
-print("sps", steps / (time.perf_counter() - start))
-"""
 
 
 def hopper(envs: int, seeds: int, iterations: int, minibatches: int) -> dict:
@@ -65,9 +53,7 @@ def peer(python: str, checkout: Path, envs: int, iterations: int, minibatches: i
         "NORMALIZE_ENV": True,
         "DEBUG": False,
     }
-    run = [python, "-c", PEER, str(checkout), json.dumps(config)]
-    out = subprocess.run(run, check=True, capture_output=True, text=True).stdout
-    return float(out.split("sps")[-1])
+    return purejaxrl_speed(python, checkout, "ppo_continuous_action", config)
 
 
 def main(

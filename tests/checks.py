@@ -1,9 +1,11 @@
 """The formulas of a script, or of a mutant of it, against tests/reference.py."""
 
+import re
 from functools import partial
 from types import SimpleNamespace
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import reference
@@ -490,6 +492,19 @@ def check_env_action(ppo):
     np.testing.assert_allclose(one_sided, [[0.5]])
     whole = ppo.as_space_dtype(np.array([-2.6, -0.4, 0.6, 1.5]), Box(-2, 2, (4,), np.int32))
     np.testing.assert_array_equal(whole, [-2, 0, 1, 2])  # to the nearest, not towards 0
+
+
+def lowered(function, inputs, device):
+    """Returns the text of a jitted function that is fit for a GPU or TPU.
+
+    No call of the host, no float64 and nothing that leaves the device stands in it.
+    """
+    text = jax.export.export(function, platforms=[device])(*inputs).mlir_module()
+    targets = set(re.findall(r"custom_call @(\w+)", text))
+    assert not [x for x in targets if "callback" in x], targets
+    assert "f64" not in text
+    assert not re.findall(r"infeed|outfeed|stablehlo\.(?:send|recv)", text)
+    return text
 
 
 CHECKS = [v for k, v in dict(globals()).items() if k.startswith("check_")]

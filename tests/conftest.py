@@ -61,6 +61,14 @@ def load(path, text=None):
     return module
 
 
+def mutate(script, text, slip):
+    """Returns a script's module as a slip would have it, in the one place where `text` stands."""
+    path = ROOT / f"{script}.py"
+    source = path.read_text()
+    assert source.count(text) == 1, f"{text!r} stands {source.count(text)} times in {script}"
+    return load(path, source.replace(text, slip))
+
+
 # What ppo_atari.py trains on in tests of what it shares with the others
 DISCRETE = {
     "Pendulum-v1": "CartPole-v1",

@@ -523,6 +523,7 @@ OWN_BAD_FLAGS = {
         "--sequence-length 48 --recurrence gru",
         "--num-minibatches 32 --recurrence gru",
         "--burn-in 8 --recurrence gru --sequence-length 8",
+        "--burn-in 8",
         "--memory-size 0",
         "--reward-range 3 1",
         "--bootstrap-range nan 1",

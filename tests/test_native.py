@@ -11,6 +11,7 @@ import jax
 import jax.export
 import numpy as np
 import pytest
+from checks import lowered
 from conftest import ROOT, SMALL, command, environment
 from jax.sharding import Mesh
 from runs import result, run_in_two_processes, run_on_cores, scalars, wait_for
@@ -177,27 +178,22 @@ def test_what_is_not_finite_stops_at_once(run, tmp_path, script):
     assert not list((tmp_path / "a/checkpoints").iterdir())
 
 
-def lowered(module, mesh, platform, **settings):
+def lowered_loop(module, mesh, platform, **settings):
     """Returns the text of a script's whole loop for a platform, as StableHLO."""
     sizes = {"num_envs": 8, "num_steps": 16, "num_seeds": 2, "hidden_sizes": (8, 8)}
     args = module.Args(env_id="gymnax/Pendulum-v1", **sizes, **settings)
     run = module.make_run(args, module.seeds_of_envs(args))
     loop = module.make_loop(run, mesh, args)
     begin = module.to_devices(run.learner, module.split_by_seed(run.runner, args), 1, mesh)
-    return jax.export.export(jax.jit(loop), platforms=[platform])(*begin).mlir_module()
+    return lowered(jax.jit(loop), begin, platform)
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_the_whole_loop_fits_gpus_and_tpus(ppo, cma, platform):
-    """No call of the host, no float64, nothing that leaves the device."""
     mesh = Mesh(np.array(jax.devices("cpu")[:1])[None], ("process", "seed"))
     for module in (ppo, cma):
-        text = lowered(module, mesh, platform)
+        text = lowered_loop(module, mesh, platform)
         assert "stablehlo.while" in text and len(text) > 10_000
-        targets = set(re.findall(r"custom_call @(\w+)", text))
-        assert not [x for x in targets if "callback" in x], targets
-        assert "f64" not in text
-        assert not re.findall(r"infeed|outfeed|stablehlo\.(?:send|recv)", text)
 
 
 def test_readme_example_runs(run, tmp_path):
