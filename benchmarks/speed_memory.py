@@ -69,7 +69,10 @@ NATIVE = (
     " --update-epochs 4 --learning-rate 2.5e-4 --clip-vloss --log-interval 100"
     " --checkpoint-interval 1000 --no-norm-obs --no-norm-reward"
 )
-GRU = f"{NATIVE} --recurrence gru --memory-size 128 --hidden-sizes 128 --critic-sizes 128"
+GRU = (
+    f"{NATIVE} --recurrence gru --memory-size 128 --hidden-sizes 128 --critic-sizes 128"
+    " --activation relu"
+)
 
 
 def speed(flags: str, steps: int, script: str = SCRIPT) -> float:

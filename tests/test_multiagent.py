@@ -202,7 +202,6 @@ def test_a_constructor_keeps_its_own_step_limit(team):
 
 def test_pettingzoo(team):
     """A parallel environment by its module, with its state for the critic."""
-    pytest.importorskip("mpe2")
     t, _ = play(team, "pettingzoo/mpe2.simple_spread_v3", 30, num_envs=2, **SMALL)
     assert t.obs["critic"].shape[-1] == 54 and t.obs["obs"].shape[2] == 3
     np.testing.assert_array_equal(np.flatnonzero(t.ended[:, 0]), [24])
