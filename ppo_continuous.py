@@ -708,6 +708,18 @@ def minibatch_step(
     return learner._replace(params=params, opt_state=opt_state), metrics
 
 
+def random_order(key: Array, rows: int) -> Array:
+    """Returns the numbers below `rows` in random order, uint32 [rows].
+
+    Each is the end of a random number, and these are sorted: on a CPU that is 5 to 10 times as
+    fast as jax.random.permutation, which sorts pairs. Numbers whose random bits are the same, of
+    which there are 32 - log2(rows), stay in order.
+    """
+    largest = jnp.uint32(2 ** (rows - 1).bit_length() - 1)
+    numbers = jax.random.bits(key, (rows,), jnp.uint32) & ~largest
+    return jnp.sort(numbers | jnp.arange(rows, dtype=jnp.uint32)) & largest
+
+
 class Epochs(NamedTuple):  # the carry of the scan over epochs
     learner: LearnerState
     stopped: Array  # [], whether target_kl has ended this iteration's epochs
@@ -737,7 +749,7 @@ def epoch_step(
         minibatch = jax.tree.map(lambda x: x[rows], batch)  # [B, ...]
         return minibatch_step(learner, minibatch, network, args)
 
-    order = jax.random.permutation(shuffle_key, len(batch.mask))
+    order = random_order(shuffle_key, len(batch.mask))
     new, metrics = jax.lax.scan(step, learner, order.reshape(args.num_minibatches, -1))
     metrics = jax.tree.map(jnp.mean, metrics)
     metrics["ran"] = 1 - epochs.stopped.astype(batch.mask.dtype)

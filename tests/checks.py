@@ -333,9 +333,13 @@ def orders(learner, args):
     """Returns the minibatches' indices [E, M, B], from the learner's key."""
     key = jax.random.fold_in(learner.key, 2 * learner.iteration + 1)
     keys = jax.random.split(key, args.update_epochs)
-    return [
-        np.asarray(jax.random.permutation(k, N * T)).reshape(args.num_minibatches, -1) for k in keys
-    ]
+    return [shuffled(key, N * T).reshape(args.num_minibatches, -1) for key in keys]
+
+
+def shuffled(key, rows):
+    """Returns the numbers below `rows`, a power of two, sorted by a key's random bits."""
+    bits = np.asarray(jax.random.bits(key, (rows,), jnp.uint32)) // rows
+    return np.argsort(bits, kind="stable")
 
 
 def check_update(ppo):

@@ -117,6 +117,21 @@ def test_early_stop_freezes_the_learner(ppo):
     assert not np.array_equal(first, jax.tree.leaves(runs["off"][0].params)[0])
 
 
+def test_random_order(ppo):
+    """Every number once, for whatever number of rows, and each as often in every place."""
+    for rows in (1, 2, 96, 1000, 4096):
+        order = ppo.random_order(jax.random.PRNGKey(rows), rows)
+        np.testing.assert_array_equal(np.sort(order), np.arange(rows))
+    rows, draws = 5, 4000
+    keys = jax.random.split(jax.random.PRNGKey(0), draws)
+    orders = np.asarray(jax.vmap(lambda key: ppo.random_order(key, rows))(keys))
+    counts = np.array([np.bincount(place, minlength=rows) for place in orders.T])
+    expected = draws / rows
+    chi_squared = np.sum((counts - expected) ** 2 / expected)
+    assert chi_squared < 39.3  # one in a thousand with (rows - 1)^2 = 16 degrees of freedom
+    assert len(np.unique(orders, axis=0)) == 120
+
+
 @pytest.mark.parametrize("rule", [(2.0, 1.5, 0.667), (1.5, 2.0, 0.5)], ids=["ppo", "heess"])
 def test_kl_coefficient_rule(ppo, rule):
     for desired, factor in ((1e-9, rule[0]), (1e9, 1 / rule[0])):
