@@ -262,8 +262,9 @@ class Args:
     """nonlinearity of the hidden layers"""
     init: Literal["orthogonal", "normc"] = "orthogonal"
     """gains sqrt 2 hidden, 0.01 policy, 1 value; or units of norm 1 (policy 0.01), as ppo1"""
-    image_encoder: Literal["auto", "nature", "small", "flat"] = "auto"
-    """convolutions for images; auto: nature from 36 pixels on, else small"""
+    image_encoder: Literal["auto", "nature", "small", "grid", "flat"] = "auto"
+    """convolutions for images; auto: nature from 36 pixels on, else grid for bytes, each bit a
+    plane of its own, as they are codes of things in MiniGrid, and small for other numbers"""
     split_obs: tuple[str, ...] = ()
     """parts of the observation with encoders of their own: keys of a Dict, or ranges: 0:14 14:24"""
     part_sizes: tuple[int, ...] = (64,)
@@ -712,7 +713,21 @@ def image_network(x: Array, args: Args) -> str:
         return args.image_encoder
     if side >= 36:
         return "nature"
-    return "small" if side >= 3 else "flat"
+    if side < 3:
+        return "flat"
+    return "grid" if x.dtype == jnp.uint8 else "small"
+
+
+def convolutions_of(name: str) -> str:
+    """Returns which of PLAIN's convolutions an image network has."""
+    return "small" if name == "grid" else name
+
+
+def bit_planes(image: Array) -> Array:
+    """Returns the bits of bytes in images [B, ...], as channels: [B, height, width, channels]."""
+    codes = channels_last(image.astype(jnp.int32))
+    bits = (codes[..., None] >> jnp.arange(8)) & 1
+    return bits.reshape(*codes.shape[:3], -1).astype(jnp.float32)
 
 
 class PartEncoder(nn.Module):
@@ -728,7 +743,9 @@ class PartEncoder(nn.Module):
         sizes = args.part_sizes
         name = image_network(x, args)
         if name != "flat":
-            x = plain_features(channels_last(x), name, args)
+            image = bit_planes(x) if name == "grid" else channels_last(x)
+            name = convolutions_of(name)
+            x = plain_features(image, name, args)
             _, width = PLAIN[name]
             sizes = (width,)
         x = x.reshape(len(x), -1)
@@ -763,7 +780,10 @@ def encode(obs: Any, args: Args) -> list[Array]:
     """
     parts = []
     for name, x in observation_parts(obs, args).items():
-        if name in args.split_obs or image_network(x, args) != "flat":
+        flat = image_network(x, args) == "flat"
+        if flat and x.dtype == jnp.uint8:
+            x = x.astype(jnp.float32) / 255
+        if name in args.split_obs or not flat:
             x = PartEncoder(args, name=f"part_{name.replace(':', '_')}")(x)
         parts.append(x)
     return parts
@@ -796,8 +816,11 @@ class Memory(nn.Module):
         size = self.args.memory_size
         gates = {"lstm": 4, "gru": 3}[self.args.recurrence] * size
         init = nn.initializers.orthogonal()
+        first_biases = nn.initializers.zeros
+        if self.args.recurrence == "lstm":
+            first_biases = lstm_biases
         # All steps' inputs at once: only the product with memory must wait for the step before
-        from_input = nn.Dense(gates, kernel_init=init, name="input")(x)
+        from_input = nn.Dense(gates, kernel_init=init, bias_init=first_biases, name="input")(x)
         kernel = self.param("recurrent", init, (size, gates), jnp.float32)
         cell = lstm_cell
         if self.args.recurrence == "gru":
@@ -814,6 +837,16 @@ class Memory(nn.Module):
         steps = from_input.swapaxes(0, 1), seen.mask.swapaxes(0, 1)
         _, found = jax.lax.scan(step, seen.memory, steps)
         return jax.tree.map(lambda x: x.swapaxes(0, 1), found)
+
+
+def lstm_biases(key: Array, shape: tuple[int], dtype: Any) -> Array:
+    """Returns the first biases of an LSTM's gates, [4 H]: 1 for the forget gates, else 0.
+
+    With 0 there half of the memory is gone after a step, nearly all of it after ten, and with it
+    the gradient. Source: Jozefowicz et al. 2015, section 2.1.
+    """
+    kinds = jnp.arange(shape[0]) // (shape[0] // 4)
+    return (kinds == 1).astype(dtype)
 
 
 def lstm_cell(memory: tuple, from_input: Array, kernel: Array) -> tuple:
@@ -1068,7 +1101,7 @@ def update_stats(x: Array, stats: RunningStats, mask: Array) -> RunningStats:
 
     Source: Chan et al. 1979, eq. 2.1.
     """
-    if is_image(stats):
+    if is_image(x, stats):
         return stats
     count = jnp.sum(mask)
     total = stats.count + count
@@ -1082,13 +1115,15 @@ def update_stats(x: Array, stats: RunningStats, mask: Array) -> RunningStats:
     )
 
 
-def is_image(stats: RunningStats) -> bool:
-    """Returns whether statistics are an image's of 36 pixels or more: networks take it as it is.
+def is_image(x: Array, stats: RunningStats) -> bool:
+    """Returns whether x [..., *stats.mean.shape] is an image: networks take it as it is.
 
-    Smaller ones, such as MiniGrid's, are tables of numbers.
+    Images are of bytes, or have 36 pixels or more; smaller ones are tables of numbers.
     """
     shape = stats.mean.shape
-    return len(shape) > 1 and sorted(shape)[-2] >= 36
+    if len(shape) < 2:
+        return False
+    return x.dtype == jnp.uint8 or sorted(shape)[-2] >= 36
 
 
 def normalize(x: Array, stats: RunningStats, bound: float) -> Array:
@@ -1096,7 +1131,7 @@ def normalize(x: Array, stats: RunningStats, bound: float) -> Array:
 
     Images, and what is true or false, are left as they are.
     """
-    if is_image(stats) or x.dtype == bool:
+    if is_image(x, stats) or x.dtype == bool:
         return x
     return jnp.clip((x - stats.mean) / jnp.sqrt(stats.var + 1e-8), -bound, bound)
 
@@ -1119,7 +1154,7 @@ def prepare_obs(obs: Any, learner: LearnerState, args: Args) -> Any:
 
     def prepare(x: Array, stats: RunningStats) -> Array:
         x = normalize(x, stats, args.clip_obs)
-        if is_image(stats) or x.dtype == bool:
+        if is_image(x, stats) or x.dtype == bool:
             return x
         return clip_on_schedule(x, args.obs_range, args.obs_range_end, learner, args)
 
@@ -1851,14 +1886,20 @@ def check_parts(obs: Any, args: Args) -> None:
 
 
 def check_images(obs: Any, args: Args) -> None:
-    """Stops with exit code 2 where an image [1, ...] is smaller than --image-encoder's kernels."""
+    """Stops with exit code 2 where --image-encoder does not take an image [1, ...].
+
+    It may be smaller than its kernels, or no bytes, whose bits are planes.
+    """
     for name, x in observation_parts(obs, args).items():
         network = image_network(x, args)
         if network == "flat":
             continue
+        if network == "grid" and x.dtype != jnp.uint8:
+            fail(f"--image-encoder grid takes bytes, not {name}'s {x.dtype}: try small, flat")
         _, height, width, _ = jax.eval_shape(channels_last, x).shape
         side = min(height, width)
-        for _, size, stride in PLAIN[network][0]:
+        layers, _ = PLAIN[convolutions_of(network)]
+        for _, size, stride in layers:
             if side < size:
                 fail(f"--image-encoder {network} is for larger images than {name}: try small, flat")
             side = (side - size) // stride + 1

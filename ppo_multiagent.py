@@ -557,8 +557,11 @@ class Memory(nn.Module):
         size = self.args.memory_size
         gates = {"lstm": 4, "gru": 3}[self.args.recurrence] * size
         init = nn.initializers.orthogonal()
+        first_biases = nn.initializers.zeros
+        if self.args.recurrence == "lstm":
+            first_biases = lstm_biases
         # All steps' inputs at once: only the product with memory must wait for the step before
-        from_input = nn.Dense(gates, kernel_init=init, name="input")(x)
+        from_input = nn.Dense(gates, kernel_init=init, bias_init=first_biases, name="input")(x)
         kernel = self.param("recurrent", init, (size, gates), jnp.float32)
         cell = lstm_cell
         if self.args.recurrence == "gru":
@@ -575,6 +578,16 @@ class Memory(nn.Module):
         steps = from_input.swapaxes(0, 1), seen.mask.swapaxes(0, 1)
         _, found = jax.lax.scan(step, seen.memory, steps)
         return jax.tree.map(lambda x: x.swapaxes(0, 1), found)
+
+
+def lstm_biases(key: Array, shape: tuple[int], dtype: Any) -> Array:
+    """Returns the first biases of an LSTM's gates, [4 H]: 1 for the forget gates, else 0.
+
+    With 0 there half of the memory is gone after a step, nearly all of it after ten, and with it
+    the gradient. Source: Jozefowicz et al. 2015, section 2.1.
+    """
+    kinds = jnp.arange(shape[0]) // (shape[0] // 4)
+    return (kinds == 1).astype(dtype)
 
 
 def lstm_cell(memory: tuple, from_input: Array, kernel: Array) -> tuple:

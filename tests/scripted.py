@@ -76,6 +76,17 @@ class Fickle(Counter):
         return np.stack([obs] * (3 if self.count == 5 else 2))
 
 
+class Table(Counter):
+    """A counter that shows a small table of numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.observation_space = Box(-np.inf, np.inf, (5, 5, 1))
+
+    def obs(self):
+        return np.full((5, 5, 1), self.count, np.float32)
+
+
 class Nested(Counter):
     """With a Dict of observations of different shapes and an action of two axes."""
 
@@ -285,6 +296,7 @@ for name, entry, settings in (
     ("Mirrored-v0", Mirrored, {}),
     ("Fickle-v0", Fickle, {}),
     ("Nested-v0", Nested, {}),
+    ("Table-v0", Table, {}),
     ("Choices-v0", Choices, {}),
     ("Integers-v0", Integers, {}),
     ("Broken-v0", Broken, {}),

@@ -317,6 +317,15 @@ def test_cells_are_those_of_flax(icm, recurrence):
         np.testing.assert_allclose(of(ours), of(flaxs), rtol=1e-10, atol=1e-12)
 
 
+def test_an_lstm_begins_by_remembering(icm):
+    """With its first biases, and no input, a step keeps sigmoid(1) of its cell, not half."""
+    memory = icm.Memory(memory_args(icm, recurrence="lstm"))
+    before = (jnp.zeros((1, H)), jnp.ones((1, H)))
+    seen = icm.Sequence(obs=None, mask=jnp.ones((1, 3)), memory=before)
+    (_, (_, cell)), _ = memory.init_with_output(jax.random.PRNGKey(0), jnp.zeros((1, 3, 5)), seen)
+    np.testing.assert_allclose(cell[0, 0], 1 / (1 + np.exp(-1)), rtol=1e-6)
+
+
 @pytest.mark.parametrize("recurrence", ["lstm", "gru"])
 def test_rollouts_carry_memory(icm, recurrence):
     """Actions of three rollouts are what one policy, asked once over all of them, does."""
@@ -639,22 +648,40 @@ def test_parts_have_encoders_of_their_own(icm):
     assert params["mean_0"]["kernel"].shape == (4 + 3, 64)
 
 
-def test_images_have_convolutions_and_small_ones_statistics(icm):
-    args = icm.Args(env_id="MiniGrid-DoorKey-5x5-v0", activation="relu")
+def test_encoders_of_images(icm):
+    """Large ones and bytes go into networks as they are, small tables of numbers normalised."""
     space = spaces.Dict(
-        image=spaces.Box(0, 255, (7, 7, 3), np.uint8),
+        grid=spaces.Box(0, 255, (7, 7, 3), np.uint8),
         large=spaces.Box(0, 255, (3, 40, 50), np.uint8),
+        table=spaces.Box(0, 255, (7, 7, 3), np.float32),
+        thin=spaces.Box(0, 255, (2, 2, 3), np.uint8),
     )
+    args = icm.Args(activation="relu")
     network = icm.ActorCritic(spaces.Discrete(7), args)
     obs = icm.encode_obs(icm.empty_obs(space), space)
     learner = icm.init_learner(np.uint32(0), obs, network, args)
     params = learner.params["params"]
-    assert params["part_image"]["conv_0"]["kernel"].shape == (3, 3, 3, 16)
+    assert params["part_grid"]["conv_0"]["kernel"].shape == (3, 3, 24, 16)  # 8 bits each
     assert params["part_large"]["conv_0"]["kernel"].shape == (8, 8, 3, 32)
+    assert params["part_table"]["conv_0"]["kernel"].shape == (3, 3, 3, 16)
+    assert params["policy_0"]["kernel"].shape == (128 + 512 + 128 + 12, 64)
+
     shown = jax.tree.map(lambda x: x[None] + 9, obs)
     found = icm.prepare_obs(shown, learner, args)
-    np.testing.assert_array_equal(found["large"], shown["large"])
-    np.testing.assert_allclose(found["image"], 9, rtol=1e-6)
+    for name in ("grid", "large", "thin"):
+        np.testing.assert_array_equal(found[name], shown[name])
+        stats = learner.obs_stats[name]
+        assert icm.update_stats(shown[name], stats, jnp.ones(1)) is stats
+    np.testing.assert_allclose(found["table"], 9, rtol=1e-6)
+    parts = {"thin": 51 + jnp.zeros((2, 2, 2, 3), jnp.uint8)}
+    np.testing.assert_allclose(icm.encode(parts, args)[0], 51 / 255)
+
+
+def test_bit_planes(icm):
+    image = np.random.default_rng(3).integers(0, 256, (2, 5, 4, 3), np.uint8)
+    bits = np.unpackbits(image[..., None], axis=-1, bitorder="little")
+    np.testing.assert_array_equal(icm.bit_planes(image), bits.reshape(2, 5, 4, 24))
+    np.testing.assert_array_equal(icm.bit_planes(image[..., 0]), bits[..., 0, :])
 
 
 # --- Accelerators ---
@@ -692,6 +719,7 @@ def test_memory_learns_to_recall(tmp_path, recurrence):
 WRONG = [
     ("--split-obs 0:2 --env-id CartPole-v1", "--split-obs ends at 2: give ranges up to 4"),
     ("--image-encoder nature --env-id MiniGrid-DoorKey-5x5-v0", "is for larger images than image"),
+    ("--image-encoder grid --env-id scripted:Table-v0", "grid takes bytes, not obs's float32"),
     ("--split-obs 1:4 --env-id CartPole-v1", "follow each other, 0 to 4"),
     ("--split-obs legs --env-id CartPole-v1", "--split-obs legs: observations have obs"),
     ("--split-obs 0:2 --env-id scripted:Nested-v0", "give keys of a Dict"),
