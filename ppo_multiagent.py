@@ -134,6 +134,8 @@ class Args:
     """N, parallel environments per seed"""
     num_steps: int = 32
     """T, steps per environment and rollout"""
+    hard_resets: bool = False
+    """begin every rollout of training with new episodes, not where the last rollout ended"""
     gamma: float = 0.99
     """discount factor"""
     gae_lambda: float = 0.95
@@ -249,6 +251,10 @@ class Args:
     @property
     def minibatch_size(self) -> int:  # in sequences
         return self.rollout_size // self.chunk_length // self.num_minibatches
+
+    @property
+    def restarts(self) -> bool:
+        return self.hard_resets and self.mode == "train"
 
     @property
     def num_iterations(self) -> int:
@@ -1378,6 +1384,7 @@ def make_time_step(obs: Any, reward: Array, terminated: Array, truncated: Array)
 class Environment(NamedTuple):  # S*N environments behind one function
     native: bool  # pure JAX: rollouts run where updates do
     first: tuple[Any, TimeStep]  # env_state, and what it shows after a reset
+    restart: Callable[[Any], tuple[Any, TimeStep]]  # env_state to the same, after another reset
     step: Callable[[Any, Array], tuple[Any, TimeStep]]  # (env_state, action [S*N, *space.shape])
     observation_space: spaces.Space  # of one environment, as it gives observations
     action_space: spaces.Space
@@ -1441,8 +1448,14 @@ def with_one_agent(env: Environment) -> Environment:
         env_state, new = env.step(env_state, action[:, 0])
         return env_state, show(new)
 
-    env_state, first = env.first
-    return env._replace(first=(env_state, show(first)), step=step)
+    def begin(env_state: Any, first: TimeStep) -> tuple[Any, TimeStep]:
+        return env_state, show(first)
+
+    return env._replace(
+        first=begin(*env.first),
+        restart=lambda env_state: begin(*env.restart(env_state)),
+        step=step,
+    )
 
 
 def split_agents(env: Environment, args: Args) -> Environment:
@@ -1477,10 +1490,13 @@ def split_agents(env: Environment, args: Args) -> Environment:
         env_state, new = env.step(env_state, action)
         return env_state, show(new)
 
-    env_state, first = env.first
-    shown = show(first)
+    def begin(env_state: Any, first: TimeStep) -> tuple[Any, TimeStep]:
+        return env_state, show(first)
+
+    env_state, shown = begin(*env.first)
     return env._replace(
         first=(env_state, shown),
+        restart=lambda env_state: begin(*env.restart(env_state)),
         step=step,
         observation_space=space_of_agent_obs(shown.obs),
         action_space=space_of_agent(joint_space),
@@ -1637,11 +1653,18 @@ def make_envpool(args: Args, env_seeds: list[int], render: bool) -> Environment:
     def step(handle: Array, action: Array) -> tuple[Array, TimeStep]:
         return receive(send(handle, action.astype(action_dtype), ids))
 
-    pool.async_reset()
-    first = jax.block_until_ready(jax.jit(receive)(jnp.asarray(handle)))
+    def host_reset(handle: Array) -> Array:
+        pool.async_reset()
+        return handle
+
+    def restart(handle: Array) -> tuple[Array, TimeStep]:
+        return receive(io_callback(host_reset, handle, handle, ordered=True))
+
+    first = jax.block_until_ready(jax.jit(restart)(jnp.asarray(handle)))
     return Environment(
         native=False,
         first=first,
+        restart=restart,
         step=step,
         observation_space=pool.observation_space,
         action_space=pool.action_space,
@@ -1833,11 +1856,25 @@ def make_vector(args: Args, size: int, render: bool) -> gymnasium.vector.VectorE
         return make(vector_kwargs={"context": "fork"})
 
 
+def host_time_step(
+    obs: Any, reward: Any, terminated: np.ndarray, truncated: np.ndarray, info: dict
+) -> TimeStep:
+    """Returns what Gymnasium's environments show.
+
+    `info["non-terminal done"]` makes an end a truncation.
+    """
+    nonterminal = np.asarray(info.get("non-terminal done", False), bool)
+    truncated = truncated | (terminated & nonterminal)
+    terminated = terminated & ~nonterminal
+    with np.errstate(over="ignore"):  # infinite then, which stops the run
+        obs = jax.tree.map(as_number, obs)
+        return make_time_step(obs, np.asarray(reward), terminated, truncated)
+
+
 def make_gymnasium(args: Args, env_seeds: list[int], render: bool) -> Environment:
     """Returns Gymnasium's environments, on the host, called in order from the compiled rollout.
 
-    `info["non-terminal done"]` makes an end a truncation. An exception of the environment's code
-    is written to `failures`; from then on steps do nothing.
+    An exception of the environment's code is written to `failures`; from then on steps do nothing.
     """
     vector = make_vector(args, len(env_seeds), render)
     space = vector.single_action_space
@@ -1848,21 +1885,19 @@ def make_gymnasium(args: Args, env_seeds: list[int], render: bool) -> Environmen
         single_space = vector.get_attr("single_space")[0]
     failures: list[str] = []
 
-    def time_step(
-        obs: Any, reward: Any, terminated: np.ndarray, truncated: np.ndarray, info: dict
-    ) -> TimeStep:
-        nonterminal = np.asarray(info.get("non-terminal done", False), bool)
-        truncated = truncated | (terminated & nonterminal)
-        terminated = terminated & ~nonterminal
-        with np.errstate(over="ignore"):  # infinite then, which stops the run
-            obs = jax.tree.map(as_number, obs)
-            return make_time_step(obs, np.asarray(reward), terminated, truncated)
+    def host_reset(seeds: list[int] | None = None) -> TimeStep:
+        obs, _ = vector.reset(seed=seeds)
+        zeros = np.zeros(len(env_seeds))
+        return host_time_step(obs, zeros, zeros > 0, zeros > 0, {})
 
     def host_step(action: Array) -> TimeStep:
+        return host_time_step(*vector.step(as_space_dtype(np.asarray(action), space)))
+
+    def guarded(function: Callable, *inputs: Array) -> TimeStep:
         if failures:
             return void
         try:
-            return time_step(*vector.step(as_space_dtype(np.asarray(action), space)))
+            return function(*inputs)
         except Exception as error:  # whatever other people's environments raise
             failures.append(f"--env-id {args.env_id} failed in a step: {describe(error)}")
             return void
@@ -1871,16 +1906,20 @@ def make_gymnasium(args: Args, env_seeds: list[int], render: bool) -> Environmen
         return raw._replace(obs=encode_obs(raw.obs, single_space))
 
     def step(env_state: tuple, action: Array) -> tuple[tuple, TimeStep]:
-        return env_state, encode(io_callback(host_step, shapes, action, ordered=True))
+        new = io_callback(partial(guarded, host_step), shapes, action, ordered=True)
+        return env_state, encode(new)
 
-    obs, _ = vector.reset(seed=env_seeds)
-    zeros = np.zeros(len(env_seeds))
-    raw = time_step(obs, zeros, zeros > 0, zeros > 0, {})
+    def restart(env_state: tuple) -> tuple[tuple, TimeStep]:
+        new = io_callback(partial(guarded, host_reset), shapes, ordered=True)
+        return env_state, encode(new)
+
+    raw = host_reset(env_seeds)
     void = jax.tree.map(np.zeros_like, raw)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), raw)
     return Environment(
         native=False,
         first=((), jax.tree.map(jnp.asarray, encode(raw))),
+        restart=restart,
         step=step,
         observation_space=single_space,
         action_space=space,
@@ -2273,12 +2312,14 @@ def make_native(args: Args, env_seeds: list[int], render: bool) -> Environment:
     task = open_task(args)
     if render and task.render is None:
         raise ValueError("it has no method render(state)")
-    first = jax.jit(partial(begin_tasks, task=task))(np.array(env_seeds, np.uint32))
+    keys = jax.vmap(jax.random.PRNGKey)(np.array(env_seeds, np.uint32))
+    first = jax.jit(partial(begin_tasks, task=task))(keys)
     if any(x.shape[:1] != (len(env_seeds),) for x in jax.tree.leaves(first)):
         raise ValueError("its state has leaves to which jax.vmap gives no axis of environments")
     return Environment(
         native=True,
         first=first,
+        restart=lambda env_state: begin_tasks(env_state.key, task),
         step=partial(step_tasks, task=task),
         observation_space=task.observation_space,
         action_space=task.action_space,
@@ -2293,12 +2334,11 @@ def task_state(env_state: NativeState, index: int) -> Any:
     return jax.tree.map(lambda x: x[index], env_state.task)
 
 
-def begin_tasks(env_seeds: Array, task: Task) -> tuple[NativeState, TimeStep]:
-    """Returns JAX-native environments after their first reset."""
-    keys = jax.vmap(jax.random.PRNGKey)(env_seeds)
+def begin_tasks(keys: Array, task: Task) -> tuple[NativeState, TimeStep]:
+    """Returns JAX-native environments, one for each key, after a reset of all."""
     keys, reset_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     obs, state = jax.vmap(task.reset)(reset_keys)
-    nothing = jnp.zeros(len(env_seeds), bool)
+    nothing = jnp.zeros(len(keys), bool)
     env_state = NativeState(key=keys, task=state, over=nothing)
     return env_state, native_time_step(obs, nothing, nothing, nothing, task)
 
@@ -2596,6 +2636,11 @@ def env_step(
     return take_step(runner, chosen, learner.schedule.gamma, env, args)
 
 
+def restarted(runner: RunnerState, env: Environment, args: Args) -> RunnerState:
+    """Returns the runner at the beginning of new episodes, in all environments."""
+    return first_runner(env._replace(first=env.restart(runner.env_state)), args)
+
+
 def by_seed(x: Array, envs: int) -> Array:
     """Returns a leaf [T, S*N, ...] as [S, T, N, ...]."""
     x = x.reshape(len(x), -1, envs, *x.shape[2:])
@@ -2617,6 +2662,8 @@ def rollout(
     Args:
         first_env: of a seed's num_envs environments, which one the runner's begin with.
     """
+    if args.restarts:
+        runner = restarted(runner, env, args)
     envs = len(runner.time_step.reward) // len(learner.iteration)
     noise = draw_rollout_noise(learner, first_env, envs, env, args)
     step = partial(env_step, learner=learner, env=env, network=network, args=args)
@@ -2657,12 +2704,15 @@ def make_stepwise(
     chosen = jax.eval_shape(first_choice, learner)
     step = jax.jit(partial(take_step, env=env, args=args))
     step = step.lower(runner, chosen, learner.schedule.gamma).compile()
+    restart = jax.jit(partial(restarted, env=env, args=args))
 
     def act(runner: RunnerState, learner: LearnerState) -> tuple[RunnerState, Transition]:
         gamma = learner.schedule.gamma
         seen = []
         steps = []
         with jax.enable_x64(True), jax.default_device(host):
+            if args.restarts:
+                runner = restart(runner)
             noise = np.asarray(draw(learner))
             learner = jax.device_put(learner, device)
             start = jax.tree.map(lambda x: x[None], runner.memory)

@@ -140,6 +140,32 @@ def test_a_space_survives_a_run_folder(ppo, space):
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "gymnasium:Pendulum-v1", "gymnax/Pendulum-v1"])
+def test_hard_resets(ppo, env_id):
+    """Every rollout begins with episodes of its own; without them the second goes on."""
+    for hard, steps_before in ((True, 0), (False, 50)):
+        args = ppo.Args(env_id=env_id, num_envs=2, num_steps=50, hard_resets=hard)
+        run = ppo.make_run(args, ppo.seeds_of_envs(args))
+        KEPT.append(run)
+        acting = run.learner._replace(opt_state=None)
+        acts = [run.act]
+        if env_id.startswith("gymnasium"):  # policies on an accelerator
+            acts += [ppo.make_stepwise(run.runner, acting, run.env, run.network, args, ppo.cpu())]
+        for act in acts:
+            runner, first = act(run.runner, acting)
+            runner, second = act(runner, acting)
+            lengths = np.asarray(second.episodic_length)[0, :, 0]
+            np.testing.assert_array_equal(lengths, steps_before + np.arange(1, 51))
+            assert np.all(second.mask == 1)
+            begins_with, ended_on = np.asarray(second.obs)[0, 0], np.asarray(first.obs)[0, -1]
+            assert np.array_equal(begins_with, ended_on) != hard
+            if hard:
+                assert np.all(np.abs(begins_with[..., 2]) <= 1)  # Pendulum's first speeds
+            run = run._replace(runner=runner)
+            steps_before += 100 * (not hard)
+    assert not ppo.Args(hard_resets=True, mode="eval").restarts
+
+
 KINDS = ["BipedalWalker-v3", "CheetahRun-v1", "HalfCheetah-v5", "MountainCarContinuous-v0"]
 
 
