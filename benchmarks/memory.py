@@ -42,7 +42,7 @@ TASKS = {
     "cartpole-novel-none": Task("benchmarks.envs:CartPoleNoVel-v1", 100_000, 500),
     "pendulum-novel-lstm": Task("benchmarks.envs:PendulumNoVel-v1", 100_000, -220, LSTM),
     "memory-s9": Task(
-        "MiniGrid-MemoryS9-v0", 1_500_000, 0.9, f"{LSTM} {GRID}", "--no-deterministic"
+        "MiniGrid-MemoryS9-v0", 1_000_000, 0.9, f"{LSTM} {GRID}", "--no-deterministic"
     ),
     "doorkey-lstm": Task(
         "MiniGrid-DoorKey-6x6-v0", 300_000, 0.9, f"{LSTM} {GRID}", "--no-deterministic"
