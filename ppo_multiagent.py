@@ -220,6 +220,8 @@ class Args:
     """memory between observations and heads"""
     memory_size: int = 128
     """H, its units"""
+    forget_bias: float = 1.0
+    """first bias of an LSTM's forget gates: higher for longer memory, 0 for the last few steps"""
     sequence_length: int | None = None
     """L, steps that are trained in one piece; by default a whole rollout"""
     burn_in: int = 0
@@ -390,7 +392,7 @@ def validate(args: Args) -> None:
     require_between(args, "num_minibatches update_epochs", 1, 2**31 - 1)
     require_between(args, "ent_coef vf_coef l2_coef kl_barrier min_learning_rate min_ent_coef", 0)
     require_finite(args, "learning_rate clip_coef ent_coef vf_coef l2_coef desired_kl kl_coef")
-    require_finite(args, "kl_barrier log_std_init min_learning_rate min_ent_coef")
+    require_finite(args, "kl_barrier log_std_init min_learning_rate min_ent_coef forget_bias")
     validate_sequences(args)
     if args.algorithm == "ippo" and args.critic_input not in ("auto", "local"):
         fail(f"--critic-input {args.critic_input} is mappo's: leave it out, or --algorithm mappo")
@@ -565,7 +567,7 @@ class Memory(nn.Module):
         init = nn.initializers.orthogonal()
         first_biases = nn.initializers.zeros
         if self.args.recurrence == "lstm":
-            first_biases = lstm_biases
+            first_biases = partial(lstm_biases, forget=self.args.forget_bias)
         # All steps' inputs at once: only the product with memory must wait for the step before
         from_input = nn.Dense(gates, kernel_init=init, bias_init=first_biases, name="input")(x)
         kernel = self.param("recurrent", init, (size, gates), jnp.float32)
@@ -586,14 +588,14 @@ class Memory(nn.Module):
         return jax.tree.map(lambda x: x.swapaxes(0, 1), found)
 
 
-def lstm_biases(key: Array, shape: tuple[int], dtype: Any) -> Array:
-    """Returns the first biases of an LSTM's gates, [4 H]: 1 for the forget gates, else 0.
+def lstm_biases(key: Array, shape: tuple[int], dtype: Any, forget: float) -> Array:
+    """Returns the first biases of an LSTM's gates, [4 H]: `forget` for the forget gates, else 0.
 
     With 0 there half of the memory is gone after a step, nearly all of it after ten, and with it
     the gradient. Source: Jozefowicz et al. 2015, section 2.1.
     """
-    kinds = jnp.arange(shape[0]) // (shape[0] // 4)
-    return (kinds == 1).astype(dtype)
+    of_forget_gates = jnp.arange(shape[0]) // (shape[0] // 4) == 1
+    return jnp.where(of_forget_gates, forget, 0).astype(dtype)
 
 
 def lstm_cell(memory: tuple, from_input: Array, kernel: Array) -> tuple:

@@ -40,7 +40,9 @@ TASKS = {
     ),
     "cartpole-novel-lstm": Task("benchmarks.envs:CartPoleNoVel-v1", 100_000, 500, LSTM),
     "cartpole-novel-none": Task("benchmarks.envs:CartPoleNoVel-v1", 100_000, 500),
-    "pendulum-novel-lstm": Task("benchmarks.envs:PendulumNoVel-v1", 100_000, -220, LSTM),
+    "pendulum-novel-lstm": Task(
+        "benchmarks.envs:PendulumNoVel-v1", 100_000, -220, f"{LSTM} --forget-bias 0"
+    ),
     "memory-s9": Task(
         "MiniGrid-MemoryS9-v0", 1_000_000, 0.9, f"{LSTM} {GRID}", "--no-deterministic"
     ),

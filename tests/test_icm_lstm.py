@@ -317,13 +317,14 @@ def test_cells_are_those_of_flax(icm, recurrence):
         np.testing.assert_allclose(of(ours), of(flaxs), rtol=1e-10, atol=1e-12)
 
 
-def test_an_lstm_begins_by_remembering(icm):
-    """With its first biases, and no input, a step keeps sigmoid(1) of its cell, not half."""
-    memory = icm.Memory(memory_args(icm, recurrence="lstm"))
+@pytest.mark.parametrize("bias", [0.0, 1.0, 2.5])
+def test_how_much_an_lstm_keeps_at_first(icm, bias):
+    """Without input a step leaves sigmoid(forget_bias) of its cell."""
+    memory = icm.Memory(memory_args(icm, recurrence="lstm", forget_bias=bias))
     before = (jnp.zeros((1, H)), jnp.ones((1, H)))
     seen = icm.Sequence(obs=None, mask=jnp.ones((1, 3)), memory=before)
     (_, (_, cell)), _ = memory.init_with_output(jax.random.PRNGKey(0), jnp.zeros((1, 3, 5)), seen)
-    np.testing.assert_allclose(cell[0, 0], 1 / (1 + np.exp(-1)), rtol=1e-6)
+    np.testing.assert_allclose(cell[0, 0], 1 / (1 + np.exp(-bias)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("recurrence", ["lstm", "gru"])
