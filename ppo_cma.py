@@ -134,7 +134,7 @@ class Args:
     num_steps: int = 1000
     """T, steps per environment and rollout"""
     hard_resets: bool = False
-    """begin every rollout of training with new episodes, not where the last rollout ended"""
+    """begin every rollout of training with new episodes; longer ones than it never end, then"""
     action_repeat: int = 8
     """simulation steps that a decision is held for; 1 or 2 for MuJoCo"""
     gamma: float = 0.99

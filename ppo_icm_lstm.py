@@ -138,7 +138,7 @@ class Args:
     num_steps: int = 128
     """T, steps per environment and rollout"""
     hard_resets: bool = False
-    """begin every rollout of training with new episodes, not where the last rollout ended"""
+    """begin every rollout of training with new episodes; longer ones than it never end, then"""
     gamma: float = 0.99
     """discount factor"""
     gae_lambda: float = 0.95

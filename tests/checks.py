@@ -444,7 +444,8 @@ def check_env_step(ppo):
         )
         return (n, episode), new
 
-    env = ppo.Environment(False, None, step, None, SPACE, None, [], None)
+    parts = dict.fromkeys(ppo.Environment._fields) | {"step": step, "action_space": SPACE}
+    env = ppo.Environment(**parts)
     none = jnp.zeros(1, bool)
     zero = jnp.zeros(1)
     first = ppo.TimeStep(jnp.zeros((1, 1, 2)), zero, none, none)

@@ -140,30 +140,97 @@ def test_a_space_survives_a_run_folder(ppo, space):
             np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("env_id", ["Pendulum-v1", "gymnasium:Pendulum-v1", "gymnax/Pendulum-v1"])
+def two_rollouts(module, env_id, steps=30, stepwise=False, **settings):
+    """Returns two rollouts in a row of a script's fresh policy, leaves [T, N, ...].
+
+    Args:
+        stepwise: whether policies act apart from the environments, as on an accelerator.
+    """
+    args = module.Args(env_id=env_id, num_envs=2, num_steps=steps, **settings)
+    run = module.make_run(args, module.seeds_of_envs(args))
+    KEPT.append(run)
+    acting = run.learner._replace(opt_state=None)
+    act = run.act
+    if stepwise:
+        act = module.make_stepwise(run.runner, acting, run.env, run.network, args, module.cpu())
+    runner, first = act(run.runner, acting)
+    _, second = act(runner, acting)
+    return [jax.tree.map(lambda x: np.asarray(x)[0], t) for t in (first, second)]
+
+
+def assert_begins_anew(first, second):
+    """Two rollouts without an end, of which the second begins with episodes of its own."""
+    for t in (first, second):
+        assert not t.done.any() and t.mask.all()
+        np.testing.assert_array_equal(t.episodic_length[:, 0], 1 + np.arange(len(t.mask)))
+        np.testing.assert_array_equal(t.episodic_return[0], t.reward[0])
+
+
+PENDULUM_IDS = ["Pendulum-v1", "gymnasium:Pendulum-v1", "gymnax/Pendulum-v1"]
+
+
+@pytest.mark.parametrize("env_id", PENDULUM_IDS)
 def test_hard_resets(ppo, env_id):
-    """Every rollout begins with episodes of its own; without them the second goes on."""
-    for hard, steps_before in ((True, 0), (False, 50)):
-        args = ppo.Args(env_id=env_id, num_envs=2, num_steps=50, hard_resets=hard)
-        run = ppo.make_run(args, ppo.seeds_of_envs(args))
-        KEPT.append(run)
-        acting = run.learner._replace(opt_state=None)
-        acts = [run.act]
-        if env_id.startswith("gymnasium"):  # policies on an accelerator
-            acts += [ppo.make_stepwise(run.runner, acting, run.env, run.network, args, ppo.cpu())]
-        for act in acts:
-            runner, first = act(run.runner, acting)
-            runner, second = act(runner, acting)
-            lengths = np.asarray(second.episodic_length)[0, :, 0]
-            np.testing.assert_array_equal(lengths, steps_before + np.arange(1, 51))
-            assert np.all(second.mask == 1)
-            begins_with, ended_on = np.asarray(second.obs)[0, 0], np.asarray(first.obs)[0, -1]
-            assert np.array_equal(begins_with, ended_on) != hard
-            if hard:
-                assert np.all(np.abs(begins_with[..., 2]) <= 1)  # Pendulum's first speeds
-            run = run._replace(runner=runner)
-            steps_before += 100 * (not hard)
-    assert not ppo.Args(hard_resets=True, mode="eval").restarts
+    first, second = two_rollouts(ppo, env_id, hard_resets=True)
+    assert_begins_anew(first, second)
+    begun = second.obs[0]
+    assert np.all(np.abs(begun[..., 2]) <= 1)  # Pendulum's first speeds
+    assert not np.any(begun == first.obs[-1])
+    assert not np.any(begun == first.obs[0])
+
+
+def test_hard_resets_where_policies_act_on_a_device(ppo):
+    for env_id in ("Pendulum-v1", "gymnasium:Pendulum-v1"):
+        first, second = two_rollouts(ppo, env_id, stepwise=True, hard_resets=True)
+        assert_begins_anew(first, second)
+        assert not np.any(second.obs[0] == first.obs[-1])
+
+
+@pytest.mark.parametrize("env_id", PENDULUM_IDS)
+def test_without_hard_resets_episodes_go_on(ppo, env_id):
+    first, second = two_rollouts(ppo, env_id)
+    np.testing.assert_array_equal(second.episodic_length[:, 0], 31 + np.arange(30))
+    np.testing.assert_array_equal(second.obs[0], first.obs[-1])
+    assert not ppo.Args(hard_resets=True, mode="eval").restarts  # evaluation plays to the end
+
+
+def test_hard_resets_of_held_actions(cma):
+    """A decision that a cut-off episode would still hold is not carried into the next."""
+    settings = {"hard_resets": True, "action_repeat": 7, "env_kwargs": '{"length": 100}'}
+    first, second = two_rollouts(cma, "scripted:Counter-v0", **settings)
+    assert_begins_anew(first, second)
+    for t in (first, second):
+        # the reward says which action was taken: that of steps 0, 7, 14, 21 and 28
+        decisions = np.arange(30) // 7 * 7
+        taken = np.clip(t.action[decisions, 0, 0], -1, 1)
+        np.testing.assert_allclose(t.reward[:, 0], 1 - np.square(taken - 0.5), rtol=1e-5, atol=1e-5)
+
+
+def test_hard_resets_of_stacked_frames(atari):
+    """A new episode's first observation stands for those before it."""
+    first, second = two_rollouts(atari, "MountainCar-v0", hard_resets=True, frame_stack=3)
+    assert_begins_anew(first, second)
+    frames = second.obs[0].reshape(2, 3, 2)
+    np.testing.assert_array_equal(frames, frames[:, :1].repeat(3, axis=1))
+
+
+def test_hard_resets_empty_memory(icm):
+    settings = {"recurrence": "gru", "memory_size": 4, "hidden_sizes": (4,)}
+    _, kept = two_rollouts(icm, "MountainCar-v0", **settings)
+    assert np.all(np.concatenate(kept.memory) != 0)
+    first, second = two_rollouts(icm, "MountainCar-v0", hard_resets=True, **settings)
+    assert_begins_anew(first, second)
+    assert not np.any(second.memory[0])
+
+
+def test_hard_resets_of_teams(team):
+    small = {"hidden_sizes": (4,), "critic_sizes": (4,)}
+    for env_id in ("MountainCar-v0", "jumanji/LevelBasedForaging-v0"):
+        first, second = two_rollouts(team, env_id, hard_resets=True, **small)
+        np.testing.assert_array_equal(second.episodic_length[:, 0], first.episodic_length[:, 0])
+        ended_on = [x[-1] for x in jax.tree.leaves(first.obs)]
+        begun = [x[0] for x in jax.tree.leaves(second.obs)]
+        assert not all(map(np.array_equal, begun, ended_on))
 
 
 KINDS = ["BipedalWalker-v3", "CheetahRun-v1", "HalfCheetah-v5", "MountainCarContinuous-v0"]
