@@ -43,8 +43,16 @@ TASKS = {
     "pendulum-novel-lstm": Task(
         "benchmarks.envs:PendulumNoVel-v1", 100_000, -220, f"{LSTM} --forget-bias 0"
     ),
+    "pendulum-novel-lstm-bias1": Task("benchmarks.envs:PendulumNoVel-v1", 100_000, -220, LSTM),
     "memory-s9": Task(
         "MiniGrid-MemoryS9-v0", 1_000_000, 0.9, f"{LSTM} {GRID}", "--no-deterministic"
+    ),
+    "memory-s9-bias0": Task(
+        "MiniGrid-MemoryS9-v0",
+        1_000_000,
+        0.9,
+        f"{LSTM} {GRID} --forget-bias 0",
+        "--no-deterministic",
     ),
     "doorkey-lstm": Task(
         "MiniGrid-DoorKey-6x6-v0", 300_000, 0.9, f"{LSTM} {GRID}", "--no-deterministic"
@@ -57,12 +65,13 @@ TASKS = {
 }
 
 
-def run(name: str, task: Task, script: str, num_seeds: int) -> Path:
+def run(name: str, task: Task, script: str, num_seeds: int, seed: int = 1) -> Path:
     """Trains and evaluates what is missing of a task; returns its run folder."""
     folder = ROOT / "runs" / Path(script).stem / "benchmark" / name
     command = [sys.executable, str(ROOT / script)]
     line = ["--env-id", task.env_id, "--total-timesteps", str(task.steps), "--exp-name", name]
-    line += ["--num-seeds", str(num_seeds), "--run-dir", str(folder), *task.flags.split()]
+    line += ["--seed", str(seed), "--num-seeds", str(num_seeds), "--run-dir", str(folder)]
+    line += task.flags.split()
     subprocess.run([*command, *line], check=True, cwd=ROOT)
     if json.loads((folder / "result.json").read_text())["eval_return"] is None:
         line = ["--mode", "eval", "--run-dir", str(folder), *task.evaluation.split()]
@@ -80,11 +89,16 @@ def steps_to(folder: Path, score: float) -> list[int | None]:
     return found
 
 
-def measure(tasks: dict[str, Task], script: str, num_seeds: int, path: Path) -> None:
-    """Runs tasks one after another, says what each reached, and draws their curves."""
+def measure(tasks: dict[str, Task], script: str, num_seeds: int, path: Path, seed: int = 1) -> None:
+    """Runs tasks one after another, says what each reached, and draws their curves.
+
+    Args:
+        seed: the first; of others than 1 the names of tasks end in it.
+    """
     lines = json.loads(path.read_text()) if path.exists() else {}
-    for name, task in tasks.items():
-        folder = run(name, task, script, num_seeds)
+    for task_name, task in tasks.items():
+        name = task_name if seed == 1 else f"{task_name}-seed{seed}"
+        folder = run(name, task, script, num_seeds, seed)
         result = json.loads((folder / "result.json").read_text())
         scores = [row["mean"] for row in result["eval_return"]]
         line = line_of(folder) | {"eval_return": scores, "flags": task.flags, "bar": task.bar}
@@ -95,11 +109,11 @@ def measure(tasks: dict[str, Task], script: str, num_seeds: int, path: Path) -> 
     draw(list(lines.values()), path.with_suffix(".png"))
 
 
-def main(tasks: tuple[str, ...] = tuple(TASKS), num_seeds: int = 5) -> None:
-    """Runs what is missing of tasks."""
+def main(tasks: tuple[str, ...] = tuple(TASKS), num_seeds: int = 5, seed: int = 1) -> None:
+    """Runs what is missing of tasks, with seeds from `seed` on."""
     asked = {name: TASKS[name] for name in tasks}
     path = ROOT / "benchmarks/results/memory.json"
-    measure(asked, "ppo_icm_lstm.py", num_seeds, path)
+    measure(asked, "ppo_icm_lstm.py", num_seeds, path, seed)
 
 
 if __name__ == "__main__":
