@@ -501,7 +501,7 @@ MUTANTS = [
     (test_lives_are_ends_for_learning_only, "episode.length + mask)", "episode.length + 1)"),
     (test_lives_are_ends_for_learning_only, 'and args.mode == "train"', ""),
     (test_ram, "[old[:, 1:], x[:, None]]", "[x[:, None], old[:, 1:]]"),
-    (test_frames_are_stacked_within_an_episode, "begin(x), moved)", "moved, moved)"),
+    (test_frames_are_stacked_within_an_episode, "repeated(x), moved)", "moved, moved)"),
     (
         test_images_have_no_statistics,
         "if is_image(stats):\n        return x",

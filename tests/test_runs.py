@@ -21,6 +21,7 @@ TOOLS = (
     "six",
     "jumanji",
     "jaxmarl",
+    "mpe2",
 )  # what tests need, and scripts only for some ids
 
 
