@@ -16,7 +16,7 @@
 
     python ppo_icm_lstm.py --env-id CartPole-v1 --seed 1  # the same command again resumes
     python ppo_icm_lstm.py --env-id MountainCar-v0 --seed 1 --num-seeds 5 --icm
-    python ppo_icm_lstm.py --env-id MiniGrid-MemoryS9-v0 --seed 1 --recurrence lstm
+    python ppo_icm_lstm.py --env-id MiniGrid-DoorKey-6x6-v0 --seed 1 --recurrence lstm
     python ppo_icm_lstm.py --env-id CartPole-v1 --seed 1 --mode eval --video
 
 PPO: arXiv 1707.06347; GAE: 1506.02438; ICM: 1705.05363; its normalisation and own critic:
@@ -224,8 +224,8 @@ class Args:
     """memory between observations and heads"""
     memory_size: int = 128
     """H, its units"""
-    forget_bias: float = 1.0
-    """first bias of an LSTM's forget gates: higher for longer memory, 0 for the last few steps"""
+    forget_bias: float = 0.0
+    """first bias of an LSTM's forget gates: 1 where what matters was seen several steps ago"""
     sequence_length: int | None = None
     """L, steps that are trained in one piece; by default a whole rollout"""
     burn_in: int = 0

@@ -220,8 +220,8 @@ class Args:
     """memory between observations and heads"""
     memory_size: int = 128
     """H, its units"""
-    forget_bias: float = 1.0
-    """first bias of an LSTM's forget gates: higher for longer memory, 0 for the last few steps"""
+    forget_bias: float = 0.0
+    """first bias of an LSTM's forget gates: 1 where what matters was seen several steps ago"""
     sequence_length: int | None = None
     """L, steps that are trained in one piece; by default a whole rollout"""
     burn_in: int = 0

@@ -28,6 +28,7 @@ class Task(NamedTuple):
 
 
 LSTM = "--recurrence lstm"
+LONG = "--forget-bias 1"
 GRID = "--activation relu --num-envs 32 --sequence-length 32"
 TASKS = {
     "cartpole": Task("CartPole-v1", 100_000, 500),
@@ -40,25 +41,28 @@ TASKS = {
     ),
     "cartpole-novel-lstm": Task("benchmarks.envs:CartPoleNoVel-v1", 100_000, 500, LSTM),
     "cartpole-novel-none": Task("benchmarks.envs:CartPoleNoVel-v1", 100_000, 500),
-    "pendulum-novel-lstm": Task(
-        "benchmarks.envs:PendulumNoVel-v1", 100_000, -220, f"{LSTM} --forget-bias 0"
+    "pendulum-novel-lstm": Task("benchmarks.envs:PendulumNoVel-v1", 100_000, -220, LSTM),
+    "pendulum-novel-lstm-bias1": Task(
+        "benchmarks.envs:PendulumNoVel-v1", 100_000, -220, f"{LSTM} {LONG}"
     ),
-    "pendulum-novel-lstm-bias1": Task("benchmarks.envs:PendulumNoVel-v1", 100_000, -220, LSTM),
     "memory-s9": Task(
-        "MiniGrid-MemoryS9-v0", 1_000_000, 0.9, f"{LSTM} {GRID}", "--no-deterministic"
+        "MiniGrid-MemoryS9-v0", 1_000_000, 0.9, f"{LSTM} {LONG} {GRID}", "--no-deterministic"
     ),
     "memory-s9-bias0": Task(
-        "MiniGrid-MemoryS9-v0",
-        1_000_000,
-        0.9,
-        f"{LSTM} {GRID} --forget-bias 0",
-        "--no-deterministic",
+        "MiniGrid-MemoryS9-v0", 1_000_000, 0.9, f"{LSTM} {GRID}", "--no-deterministic"
     ),
     "doorkey-lstm": Task(
         "MiniGrid-DoorKey-6x6-v0", 300_000, 0.9, f"{LSTM} {GRID}", "--no-deterministic"
     ),
     "doorkey-lstm-icm": Task(
         "MiniGrid-DoorKey-6x6-v0", 300_000, 0.9, f"{LSTM} --icm {GRID}", "--no-deterministic"
+    ),
+    "doorkey-lstm-icm-bias1": Task(
+        "MiniGrid-DoorKey-6x6-v0",
+        300_000,
+        0.9,
+        f"{LSTM} {LONG} --icm {GRID}",
+        "--no-deterministic",
     ),
     "continuous-cartpole": Task("benchmarks.envs:ContinuousCartPole-v0", 100_000, 500),
     "bipedalwalker": Task("BipedalWalker-v3", 5_000_000, 300, "--ent-coef 0"),
