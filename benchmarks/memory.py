@@ -39,7 +39,13 @@ TASKS = {
     "mountaincarcontinuous-icm": Task(
         "MountainCarContinuous-v0", 200_000, 92, "--icm --no-norm-reward --extrinsic-weight 0.1"
     ),
-    "cartpole-novel-lstm": Task("benchmarks.envs:CartPoleNoVel-v1", 100_000, 500, LSTM),
+    "cartpole-novel-lstm": Task(
+        "benchmarks.envs:CartPoleNoVel-v1", 100_000, 500, f"{LSTM} {LONG} --no-norm-adv"
+    ),
+    "cartpole-novel-lstm-bias0": Task("benchmarks.envs:CartPoleNoVel-v1", 100_000, 500, LSTM),
+    "cartpole-novel-lstm-bias1": Task(
+        "benchmarks.envs:CartPoleNoVel-v1", 100_000, 500, f"{LSTM} {LONG}"
+    ),
     "cartpole-novel-none": Task("benchmarks.envs:CartPoleNoVel-v1", 100_000, 500),
     "pendulum-novel-lstm": Task("benchmarks.envs:PendulumNoVel-v1", 100_000, -220, LSTM),
     "pendulum-novel-lstm-bias1": Task(
