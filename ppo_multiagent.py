@@ -189,6 +189,8 @@ class Args:
     """weight of the value loss"""
     norm_value: bool = True
     """values are of targets normalised by their running mean and variance"""
+    huber_delta: float | None = None
+    """errors of values beyond this cost linearly, not squared (MAPPO's code: 10)"""
     l2_coef: float = 0.0
     """weight of half the sum of the squared network weights"""
     max_grad_norm: float = 0.5
@@ -406,6 +408,9 @@ def validate(args: Args) -> None:
     if args.target_kl is not None:
         require_positive(args, "target_kl")
         require_finite(args, "target_kl")
+    if args.huber_delta is not None:
+        require_positive(args, "huber_delta")
+        require_finite(args, "huber_delta")
     factor, above, below = args.kl_rule
     if not (1 <= factor < math.inf and 0 < below <= above < math.inf):
         fail(f"--kl-rule {args.kl_rule}: give a factor of 1 or more, then above >= below > 0")
@@ -907,6 +912,16 @@ def compute_gae(
     return advantage, advantage + value[:-1]
 
 
+def value_cost(error: Array, args: Args) -> Array:
+    """Returns the square of errors of values, or twice their Huber loss.
+
+    Source: Yu et al. 2022, arXiv 2103.01955, appendix; its code's huber_loss.
+    """
+    if args.huber_delta is None:
+        return jnp.square(error)
+    return 2 * optax.huber_loss(error, delta=args.huber_delta)
+
+
 def ppo_loss(
     params: Any, batch: Batch, schedule: Schedule, network: nn.Module, args: Args
 ) -> tuple[Array, dict[str, Array]]:
@@ -930,10 +945,10 @@ def ppo_loss(
             kl_coef += barrier_coef(jnp.mean(kl_divergence * batch.mask), args)
         policy_loss += kl_coef * kl_divergence
 
-    value_loss = jnp.square(value - batch.target)
+    value_loss = value_cost(value - batch.target, args)
     if args.clip_vloss:
         clipped_value = batch.value + jnp.clip(value - batch.value, -clip_coef, clip_coef)
-        value_loss = jnp.maximum(value_loss, jnp.square(clipped_value - batch.target))
+        value_loss = jnp.maximum(value_loss, value_cost(clipped_value - batch.target, args))
 
     samples = {
         "policy_loss": policy_loss,
@@ -2190,6 +2205,7 @@ def jaxmarl_task(env: Any) -> Task:
     of_agents = [env.action_space(name) for name in names]
     choices = hasattr(of_agents[0], "n")
     limit = getattr(env, "max_steps", None)
+    bonus = getattr(env, "won_battle_bonus", None)  # SMAX's
     masked = False
     with suppress(NotImplementedError):
         jax.eval_shape(lambda key: env.get_avail_actions(env.reset(key)[1]), jax.random.PRNGKey(0))
@@ -2201,6 +2217,8 @@ def jaxmarl_task(env: Any) -> Task:
         more = {}
         if "world_state" in obs:
             more["state"] = jnp.ravel(obs["world_state"]).astype(jnp.float32)
+        if bonus is not None:
+            more["measure"] = (jnp.max(reward) >= bonus).astype(jnp.float32)  # won
         if masked:
             available = env.get_avail_actions(state)
             more["action_mask"] = jnp.stack([available[x] for x in names]).astype(jnp.float32)
@@ -4022,7 +4040,9 @@ def asked_of(folder: Path, command_line: list[str], best: bool) -> tuple[Args, S
 
 
 class Played(NamedTuple):  # evaluation episodes
-    returns: list[list[float]]  # of each seed
+    returns: list[list[float]]  # of each seed, the team's
+    agents: list[list[np.ndarray]]  # of each seed and episode, each agent's return, [A]
+    measures: list[list[float]]  # of each seed, the task's own figure
     left: np.ndarray  # [S, N], how many each environment has still to play
     endless: int  # how many were cut after eval_steps
 
@@ -4041,7 +4061,8 @@ def play(run: Run, learner: LearnerState, episodes: int) -> Played:
     args = run.args
     left = np.full((args.num_seeds, args.num_envs), episodes // args.num_envs)
     left[:, : episodes % args.num_envs] += 1
-    played = Played(returns=[[] for _ in range(args.num_seeds)], left=left, endless=0)
+    returns, agents, measures = ([[] for _ in range(args.num_seeds)] for _ in range(3))
+    played = Played(returns, agents, measures, left, endless=0)
     runner = run.runner
     acting = learner._replace(opt_state=None)
     worker = ThreadPoolExecutor(max_workers=1)  # another thread acts, so that Ctrl-C is heard
@@ -4066,19 +4087,40 @@ def add_episodes(played: Played, transition: Transition, eval_steps: int) -> Pla
 
     An environment whose episode is longer than eval_steps plays no further one.
     """
-    returns = [list(x) for x in played.returns]
+    returns, agents, measures = ([list(x) for x in found] for found in played[:3])
     left = played.left.copy()
     endless = played.endless
+
+    def add(seed: int, step: int, env: int) -> None:
+        returns[seed].append(float(transition.episodic_return[seed, step, env]))
+        agents[seed].append(transition.own_return[seed, step, env])
+        measures[seed].append(float(transition.measure[seed, step, env]))
+
     for seed, step, env in np.argwhere(transition.ended > 0):
         if left[seed, env] > 0:
             left[seed, env] -= 1
-            returns[seed].append(float(transition.episodic_return[seed, step, env]))
+            add(seed, step, env)
     for seed, env in np.argwhere(transition.episodic_length[:, -1] >= eval_steps):
         if left[seed, env] > 0:
             left[seed, env] = 0
-            returns[seed].append(float(transition.episodic_return[seed, -1, env]))
+            add(seed, -1, env)
             endless += 1
-    return Played(returns=returns, left=left, endless=endless)
+    return Played(returns, agents, measures, left, endless)
+
+
+def agent_figures(agents: list[np.ndarray], measures: list[float]) -> dict[str, Any]:
+    """Returns what a seed's episodes came to beside the team's return, means over episodes.
+
+    Args:
+        agents: of each episode, each agent's return, [A].
+        measures: of each episode, the task's own figure; all 0 where the task has none.
+    """
+    own = np.stack(agents)
+    figures = {"agents": own.mean(axis=0).tolist(), "agents_mean": float(own.mean())}
+    figures["agents_max"] = float(own.max(axis=1).mean())
+    if any(measures):
+        figures["measure"] = float(np.mean(measures))
+    return figures
 
 
 def judgement(mean: float, env: Environment, args: Args) -> str:
@@ -4096,12 +4138,15 @@ def evaluate(args: Args, saved: SavedRun) -> None:
     run = make_run(playing, seeds_of_envs(playing, 1), new=False)
     played = play(run, saved.learner, args.eval_episodes)
     rows = []
-    for seed, found in enumerate(played.returns, args.seed):
+    for index, found in enumerate(played.returns):
         row = {"mean": float(np.mean(found)), "std": float(np.std(found)), "episodes": len(found)}
-        line = f"seed {seed}: return {row['mean']:.2f} +- {row['std']:.2f}"
+        line = f"seed {args.seed + index}: return {row['mean']:.2f} +- {row['std']:.2f}"
         line += f" over {len(found)} episodes, {min(found):.2f} to {max(found):.2f}"
         line += judgement(row["mean"], run.env, args)
-        rows.append(row)
+        figures = agent_figures(played.agents[index], played.measures[index])
+        for name, value in figures.items():
+            line += f"; {name} {' '.join(f'{x:.2f}' for x in np.atleast_1d(value))}"
+        rows.append(row | figures)
         print(line, flush=True)
     if played.endless:
         note(f"{played.endless} episodes had not ended after --eval-steps {args.eval_steps}")

@@ -109,6 +109,26 @@ def test_team_reward(team):
     np.testing.assert_array_equal(shared.episodic_return, own.episodic_return)
 
 
+def test_huber_loss_of_values(team):
+    """Huber 1964, eq. 4.1, doubled, and its slope, which delta bounds; none: the square."""
+    error = np.linspace(-3, 3, 13).astype(np.float32)
+    inside = np.abs(error) <= 1.25
+    args = team.Args(huber_delta=1.25)
+    cost = np.where(inside, 0.5 * error**2, 1.25 * (np.abs(error) - 0.625))
+    np.testing.assert_allclose(team.value_cost(error, args), 2 * cost, rtol=1e-6)
+    slope = jax.grad(lambda x: jnp.sum(team.value_cost(x, args)))(error)
+    np.testing.assert_allclose(slope, 2 * np.clip(error, -1.25, 1.25), rtol=1e-6)
+    np.testing.assert_array_equal(team.value_cost(error, team.Args()), error**2)
+
+
+def test_figures_of_agents(team):
+    """Means over episodes of each agent's return, of all, of the best; a figure where one is."""
+    own = [np.array([1.0, 4.0, -2.0]), np.array([3.0, 0.0, 8.0])]
+    found = team.agent_figures(own, [0.25, 0.75])
+    assert found == {"agents": [2, 2, 3], "agents_mean": 7 / 3, "agents_max": 6, "measure": 0.5}
+    assert "measure" not in team.agent_figures(own, [0.0, 0.0])
+
+
 def test_advantages_of_agents_end_with_them(team):
     """Against the definition, agent by agent."""
     t, run = play_native(team, 20)
@@ -234,8 +254,10 @@ def test_jumanji(team):
 
 
 def test_jaxmarl(team):
-    """SMAX has a state, masks and deaths; of a dead unit nothing is learnt."""
-    args = team.Args(env_id="jaxmarl/HeuristicEnemySMAX", scenario="3m", num_envs=4, num_steps=100)
+    """SMAX has a state, masks and deaths; of a dead unit nothing is learnt; a bonus is a win."""
+    env = {"env_id": "jaxmarl/HeuristicEnemySMAX", "scenario": "3m"}
+    kwargs = '{"won_battle_bonus": 0.05}'  # a policy by chance never wins, but comes so far
+    args = team.Args(**env, env_kwargs=kwargs, num_envs=8, num_steps=100)
     run = team.make_run(args, team.seeds_of_envs(args))
     KEPT.append(run)
     _, t = run.act(run.runner, run.learner._replace(opt_state=None))
@@ -246,6 +268,9 @@ def test_jaxmarl(team):
     assert chosen[t.mask > 0].all()
     died = (t.terminated > 0) & ~(t.ended > 0)[..., None]
     assert died.any() and (t.mask[1:][died[:-1]] == 0).all()
+    won = (t.reward.max(axis=-1) >= 0.05) & (t.ended > 0)
+    np.testing.assert_array_equal(t.measure[t.ended > 0], won[t.ended > 0])
+    assert 0 < won.sum() < t.ended.sum()
 
 
 @pytest.mark.parametrize("device", ["cuda", "tpu"])
@@ -272,7 +297,11 @@ def test_a_team_learns_resumes_and_plays(tmp_path, team):
     assert result(tmp_path / "a")["episodic_return"][0] > 0.95 * best
     done = run([*line[:2], "--mode", "eval", "--run-dir", "a", "--deterministic"])
     assert done.returncode == 0, done.stderr
-    np.testing.assert_allclose(result(tmp_path / "a")["eval_return"][0]["mean"], best)
+    row = result(tmp_path / "a")["eval_return"][0]
+    np.testing.assert_allclose(row["mean"], best)
+    np.testing.assert_allclose(row["agents"], [4, 20, 400])
+    np.testing.assert_allclose([row["agents_max"], row["measure"]], [400, 1])
+    assert "agents 4.00 20.00 400.00; agents_mean 141.33; agents_max 400.00" in done.stdout
     policy = team.load(tmp_path / "a")
     obs = np.array([[0, 1, 0.3], [1, 1, 0.3], [2, 1, 0.3]])
     np.testing.assert_array_equal(policy(obs), [1, 1, 1])
@@ -308,6 +337,8 @@ MUTANTS = [
     ),
     (test_rollouts_have_an_axis_of_agents, 'mask &= parts["action_mask"] > 0', "pass"),
     (test_team_reward, "if args.team_reward:", "if False:"),
+    (test_huber_loss_of_values, "2 * optax.huber_loss", "optax.huber_loss"),
+    (test_figures_of_agents, "own.max(axis=1).mean()", "own.mean(axis=0).max()"),
     (
         test_tuples_of_agents_are_joined,
         "np.arange(most) < space.nvec[:, None]",
