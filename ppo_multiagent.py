@@ -29,7 +29,8 @@ Differs from the papers and from most public code:
    observation, seen with the memory that belongs to it.
 2. The step on which an environment resets itself has mask 0 and trains nothing; so have all steps
    of an agent that is dead, whose episode ends where it dies.
-3. Returns are the team's, over all agents; each agent's own are beside them under agents/.
+3. Returns are the team's, over all agents; each agent's own, the best agent's and the task's own
+   figure (food eaten, battles won) are beside them, under agents/ and in evaluations.
 4. Running statistics rest during a rollout; old values and log-probabilities are computed after
    it, in one batch. Observations are normalised, numbers of agents are not.
 """
