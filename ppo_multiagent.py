@@ -914,13 +914,13 @@ def compute_gae(
 
 
 def value_cost(error: Array, args: Args) -> Array:
-    """Returns the square of errors of values, or twice their Huber loss.
+    """Returns half the squares of errors of values, or their Huber loss.
 
-    Source: Yu et al. 2022, arXiv 2103.01955, appendix; its code's huber_loss.
+    Source: Huber 1964, of MAPPO's code (arXiv 2103.01955).
     """
     if args.huber_delta is None:
-        return jnp.square(error)
-    return 2 * optax.huber_loss(error, delta=args.huber_delta)
+        return 0.5 * jnp.square(error)
+    return optax.huber_loss(error, delta=args.huber_delta)
 
 
 def ppo_loss(
@@ -953,7 +953,7 @@ def ppo_loss(
 
     samples = {
         "policy_loss": policy_loss,
-        "value_loss": 0.5 * value_loss,
+        "value_loss": value_loss,
         "entropy": entropy(policy),
         "approx_kl": ratio - 1 - log_ratio,
         "kl": kl_divergence,
@@ -4040,10 +4040,14 @@ def asked_of(folder: Path, command_line: list[str], best: bool) -> tuple[Args, S
     return asked, saved
 
 
+class Score(NamedTuple):  # of an episode
+    team: float  # the return of all agents
+    agents: np.ndarray  # each one's, [A]
+    measure: float  # the task's own figure, 0 where it has none
+
+
 class Played(NamedTuple):  # evaluation episodes
-    returns: list[list[float]]  # of each seed, the team's
-    agents: list[list[np.ndarray]]  # of each seed and episode, each agent's return, [A]
-    measures: list[list[float]]  # of each seed, the task's own figure
+    returns: list[list[Score]]  # of each seed
     left: np.ndarray  # [S, N], how many each environment has still to play
     endless: int  # how many were cut after eval_steps
 
@@ -4062,8 +4066,7 @@ def play(run: Run, learner: LearnerState, episodes: int) -> Played:
     args = run.args
     left = np.full((args.num_seeds, args.num_envs), episodes // args.num_envs)
     left[:, : episodes % args.num_envs] += 1
-    returns, agents, measures = ([[] for _ in range(args.num_seeds)] for _ in range(3))
-    played = Played(returns, agents, measures, left, endless=0)
+    played = Played(returns=[[] for _ in range(args.num_seeds)], left=left, endless=0)
     runner = run.runner
     acting = learner._replace(opt_state=None)
     worker = ThreadPoolExecutor(max_workers=1)  # another thread acts, so that Ctrl-C is heard
@@ -4088,40 +4091,46 @@ def add_episodes(played: Played, transition: Transition, eval_steps: int) -> Pla
 
     An environment whose episode is longer than eval_steps plays no further one.
     """
-    returns, agents, measures = ([list(x) for x in found] for found in played[:3])
+    returns = [list(x) for x in played.returns]
     left = played.left.copy()
     endless = played.endless
-
-    def add(seed: int, step: int, env: int) -> None:
-        returns[seed].append(float(transition.episodic_return[seed, step, env]))
-        agents[seed].append(transition.own_return[seed, step, env])
-        measures[seed].append(float(transition.measure[seed, step, env]))
-
     for seed, step, env in np.argwhere(transition.ended > 0):
         if left[seed, env] > 0:
             left[seed, env] -= 1
-            add(seed, step, env)
+            returns[seed].append(score_at(transition, seed, step, env))
     for seed, env in np.argwhere(transition.episodic_length[:, -1] >= eval_steps):
         if left[seed, env] > 0:
             left[seed, env] = 0
-            add(seed, -1, env)
+            returns[seed].append(score_at(transition, seed, -1, env))
             endless += 1
-    return Played(returns, agents, measures, left, endless)
+    return Played(returns=returns, left=left, endless=endless)
 
 
-def agent_figures(agents: list[np.ndarray], measures: list[float]) -> dict[str, Any]:
-    """Returns what a seed's episodes came to beside the team's return, means over episodes.
+def score_at(transition: Transition, seed: int, step: int, env: int) -> Score:
+    """Returns what an episode came to by a step of a rollout [S, T, N, ...]."""
+    return Score(
+        team=float(transition.episodic_return[seed, step, env]),
+        agents=transition.own_return[seed, step, env],
+        measure=float(transition.measure[seed, step, env]),
+    )
 
-    Args:
-        agents: of each episode, each agent's return, [A].
-        measures: of each episode, the task's own figure; all 0 where the task has none.
-    """
-    own = np.stack(agents)
-    figures = {"agents": own.mean(axis=0).tolist(), "agents_mean": float(own.mean())}
-    figures["agents_max"] = float(own.max(axis=1).mean())
+
+def summary(scores: list[Score]) -> dict[str, Any]:
+    """Returns what a seed's episodes came to: means over them, and the team's spread."""
+    team = [score.team for score in scores]
+    agents = np.stack([score.agents for score in scores])  # [episodes, A]
+    measures = [score.measure for score in scores]
+    row = {
+        "mean": float(np.mean(team)),
+        "std": float(np.std(team)),
+        "episodes": len(scores),
+        "agents": agents.mean(axis=0).tolist(),
+        "agents_mean": float(agents.mean()),
+        "agents_max": float(agents.max(axis=1).mean()),
+    }
     if any(measures):
-        figures["measure"] = float(np.mean(measures))
-    return figures
+        row["measure"] = float(np.mean(measures))
+    return row
 
 
 def judgement(mean: float, env: Environment, args: Args) -> str:
@@ -4139,15 +4148,17 @@ def evaluate(args: Args, saved: SavedRun) -> None:
     run = make_run(playing, seeds_of_envs(playing, 1), new=False)
     played = play(run, saved.learner, args.eval_episodes)
     rows = []
-    for index, found in enumerate(played.returns):
-        row = {"mean": float(np.mean(found)), "std": float(np.std(found)), "episodes": len(found)}
-        line = f"seed {args.seed + index}: return {row['mean']:.2f} +- {row['std']:.2f}"
-        line += f" over {len(found)} episodes, {min(found):.2f} to {max(found):.2f}"
+    for seed, scores in enumerate(played.returns, args.seed):
+        row = summary(scores)
+        team = [score.team for score in scores]
+        line = f"seed {seed}: return {row['mean']:.2f} +- {row['std']:.2f}"
+        line += f" over {len(team)} episodes, {min(team):.2f} to {max(team):.2f}"
         line += judgement(row["mean"], run.env, args)
-        figures = agent_figures(played.agents[index], played.measures[index])
-        for name, value in figures.items():
-            line += f"; {name} {' '.join(f'{x:.2f}' for x in np.atleast_1d(value))}"
-        rows.append(row | figures)
+        line += f"; agents {' '.join(f'{x:.2f}' for x in row['agents'])}"
+        line += f", mean {row['agents_mean']:.2f}, best {row['agents_max']:.2f}"
+        if "measure" in row:
+            line += f"; measure {row['measure']:.2f}"
+        rows.append(row)
         print(line, flush=True)
     if played.endless:
         note(f"{played.endless} episodes had not ended after --eval-steps {args.eval_steps}")

@@ -31,8 +31,8 @@ LSTM = "--recurrence lstm"
 LONG = "--forget-bias 1"
 GRID = "--activation relu --num-envs 32 --sequence-length 32"
 WALK = (  # of numbers, not choices: Tianshou's settings, as in defaults.py
-    "--num-envs 64 --num-steps 32 --num-minibatches 32 --learning-rate 3e-4 --recompute-advantages"
-    " --no-norm-adv --vf-coef 0.25 --log-std-init -0.5 --ent-coef 0"
+    "--num-envs 64 --num-steps 32 --learning-rate 3e-4 --recompute-advantages --no-norm-adv"
+    " --vf-coef 0.25 --ent-coef 0"
 )
 TASKS = {
     "cartpole": Task("CartPole-v1", 100_000, 500),
@@ -75,7 +75,9 @@ TASKS = {
         "--no-deterministic",
     ),
     "continuous-cartpole": Task("benchmarks.envs:ContinuousCartPole-v0", 100_000, 500),
-    "bipedalwalker": Task("BipedalWalker-v3", 2_000_000, 300, WALK),
+    "bipedalwalker": Task(
+        "BipedalWalker-v3", 2_000_000, 300, f"{WALK} --num-minibatches 32 --log-std-init -0.5"
+    ),
     "bipedalwalker-std1": Task(
         "BipedalWalker-v3", 2_000_000, 300, f"{WALK} --num-minibatches 16 --log-std-init 0"
     ),

@@ -110,23 +110,24 @@ def test_team_reward(team):
 
 
 def test_huber_loss_of_values(team):
-    """Huber 1964, eq. 4.1, doubled, and its slope, which delta bounds; none: the square."""
+    """Huber 1964, eq. 4.1, and its slope, which delta bounds; none: half the square."""
     error = np.linspace(-3, 3, 13).astype(np.float32)
     inside = np.abs(error) <= 1.25
     args = team.Args(huber_delta=1.25)
     cost = np.where(inside, 0.5 * error**2, 1.25 * (np.abs(error) - 0.625))
-    np.testing.assert_allclose(team.value_cost(error, args), 2 * cost, rtol=1e-6)
+    np.testing.assert_allclose(team.value_cost(error, args), cost, rtol=1e-6)
     slope = jax.grad(lambda x: jnp.sum(team.value_cost(x, args)))(error)
-    np.testing.assert_allclose(slope, 2 * np.clip(error, -1.25, 1.25), rtol=1e-6)
-    np.testing.assert_array_equal(team.value_cost(error, team.Args()), error**2)
+    np.testing.assert_allclose(slope, np.clip(error, -1.25, 1.25), rtol=1e-6)
+    np.testing.assert_array_equal(team.value_cost(error, team.Args()), 0.5 * error**2)
 
 
-def test_figures_of_agents(team):
-    """Means over episodes of each agent's return, of all, of the best; a figure where one is."""
+def test_summary_of_episodes(team):
+    """Means over episodes of the team, of each agent, of the best; a figure where one is."""
     own = [np.array([1.0, 4.0, -2.0]), np.array([3.0, 0.0, 8.0])]
-    found = team.agent_figures(own, [0.25, 0.75])
-    assert found == {"agents": [2, 2, 3], "agents_mean": 7 / 3, "agents_max": 6, "measure": 0.5}
-    assert "measure" not in team.agent_figures(own, [0.0, 0.0])
+    found = team.summary([team.Score(3.0, own[0], 0.25), team.Score(11.0, own[1], 0.75)])
+    of_agents = {"agents": [2, 2, 3], "agents_mean": 7 / 3, "agents_max": 6}
+    assert found == {"mean": 7, "std": 4, "episodes": 2, **of_agents, "measure": 0.5}
+    assert "measure" not in team.summary([team.Score(3.0, own[0], 0.0)])
 
 
 def test_advantages_of_agents_end_with_them(team):
@@ -301,7 +302,8 @@ def test_a_team_learns_resumes_and_plays(tmp_path, team):
     np.testing.assert_allclose(row["mean"], best)
     np.testing.assert_allclose(row["agents"], [4, 20, 400])
     np.testing.assert_allclose([row["agents_max"], row["measure"]], [400, 1])
-    assert "agents 4.00 20.00 400.00; agents_mean 141.33; agents_max 400.00" in done.stdout
+    said = "agents 4.00 20.00 400.00, mean 141.33, best 400.00; measure 1.00"
+    assert said in done.stdout
     policy = team.load(tmp_path / "a")
     obs = np.array([[0, 1, 0.3], [1, 1, 0.3], [2, 1, 0.3]])
     np.testing.assert_array_equal(policy(obs), [1, 1, 1])
@@ -337,8 +339,9 @@ MUTANTS = [
     ),
     (test_rollouts_have_an_axis_of_agents, 'mask &= parts["action_mask"] > 0', "pass"),
     (test_team_reward, "if args.team_reward:", "if False:"),
-    (test_huber_loss_of_values, "2 * optax.huber_loss", "optax.huber_loss"),
-    (test_figures_of_agents, "own.max(axis=1).mean()", "own.mean(axis=0).max()"),
+    (test_huber_loss_of_values, "0.5 * jnp.square(error)", "jnp.square(error)"),
+    (test_huber_loss_of_values, "delta=args.huber_delta", "delta=1"),
+    (test_summary_of_episodes, "agents.max(axis=1).mean()", "agents.mean(axis=0).max()"),
     (
         test_tuples_of_agents_are_joined,
         "np.arange(most) < space.nvec[:, None]",
