@@ -64,14 +64,14 @@ def draw(lines: list[dict], out: Path) -> None:
     for line in lines:
         axis = panels[line["env_id"]]
         returns = np.array(line["returns"])
-        label = f"{line['args']['exp_name']}, {len(returns)} seeds"
+        label = f"{line['name'].removeprefix(line['env_id'] + ' ')}, {len(returns)} seeds"
         (drawn,) = axis.plot(line["steps"], returns.mean(axis=0), label=label)
         band = (returns.min(axis=0), returns.max(axis=0))
         axis.fill_between(line["steps"], *band, color=drawn.get_color(), alpha=0.2)
     for env_id, axis in panels.items():
         axis.set(title=env_id, xlabel="steps per seed", ylabel="episodic return")
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axis.legend()
+        axis.legend(fontsize="x-small")
     figure.savefig(out, dpi=110)
 
 

@@ -121,6 +121,7 @@ def measure(tasks: dict[str, Task], script: str, num_seeds: int, path: Path, see
         result = json.loads((folder / "result.json").read_text())
         scores = [row["mean"] for row in result["eval_return"]]
         line = line_of(folder) | {"eval_return": scores, "flags": task.flags, "bar": task.bar}
+        line["name"] = f"{task.env_id} {name}"
         lines[name] = line | {"steps_to_bar": steps_to(folder, task.bar), "sps": result["sps"]}
         path.write_text(json.dumps(lines) + "\n")
         said = f"{np.round(scores, 2)}, mean {np.mean(scores):.2f}, bar {task.bar}"
