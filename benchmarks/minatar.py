@@ -7,7 +7,8 @@
 where CHECKOUT is github.com/luchris429/purejaxrl's folder purejaxrl, run with the settings of its
 notebook on MinAtar, and that Python has what it needs. Seeds run side by side in one process. A
 score is the mean return of the episodes that ended in the last 1 % of the steps (theirs), of the
-last 100 training episodes (ours). Writes benchmarks/results/minatar.json.
+last 100 training episodes (ours), whose networks compute in float32 and, once more, in bfloat16.
+Writes benchmarks/results/minatar.json and minatar.png.
 """
 
 import json
@@ -17,10 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from curves import line_of
+from curves import draw, line_of
 from speed_atari import CONFIG, ROOT
 
 GAMES = ("Breakout", "Asterix", "Freeway", "SpaceInvaders")
+DTYPES = ("float32", "bfloat16")
 FLAGS = (
     "--num-envs 64 --num-steps 128 --num-minibatches 8 --learning-rate 2.5e-3 --clip-coef 0.2"
     " --log-interval 10 --checkpoint-interval 50"
@@ -40,11 +42,12 @@ print(json.dumps((total / ended[:, -last:].reshape(len(ended), -1).sum(axis=1)).
 """
 
 
-def ours(game: str, num_seeds: int, steps: int) -> dict:
+def ours(game: str, dtype: str, num_seeds: int, steps: int) -> dict:
     """Returns the line of a run of ours, as curves.py has it."""
-    folder = ROOT / "runs/minatar" / game
+    folder = ROOT / "runs/minatar" / f"{game}-{dtype}"
     settings = ["--env-id", f"gymnax/{game}-MinAtar", "--num-seeds", str(num_seeds)]
-    settings += ["--total-timesteps", str(steps), "--run-dir", str(folder), *FLAGS.split()]
+    settings += ["--total-timesteps", str(steps), "--dtype", dtype, "--exp-name", dtype]
+    settings += ["--run-dir", str(folder), *FLAGS.split()]
     line = [sys.executable, str(ROOT / "ppo_atari.py"), *settings]
     subprocess.run(line, check=True, stderr=subprocess.DEVNULL)
     return line_of(folder)
@@ -70,17 +73,20 @@ def main(
     found = json.loads(path.read_text()) if path.exists() else {}
     for game in games:
         entry = found.setdefault(game, {})
-        if "ours" not in entry:
-            entry["ours"] = ours(game, num_seeds, total_timesteps)
+        for dtype in DTYPES:
+            if dtype not in entry:
+                entry[dtype] = ours(game, dtype, num_seeds, total_timesteps)
         if purejaxrl is not None and "PureJaxRL" not in entry:
             arguments = (peer_python, purejaxrl, game, num_seeds, total_timesteps)
             entry["PureJaxRL"] = theirs(*arguments)
         path.write_text(json.dumps(found) + "\n")
-        scores = {"ours": entry["ours"]["episodic_return"]}
+        scores = {dtype: entry[dtype]["episodic_return"] for dtype in DTYPES}
         if "PureJaxRL" in entry:
             scores["PureJaxRL"] = entry["PureJaxRL"]
         for name, values in scores.items():
             print(f"{game}, {name}: {np.mean(values):.1f} +- {np.std(values):.1f}", flush=True)
+    lines = [entry[dtype] for entry in found.values() for dtype in DTYPES if dtype in entry]
+    draw(lines, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,10 @@ PAIRS = {  # each is run as MAPPO and as IPPO
     "rware-tiny-2ag": Task(WAREHOUSE, 20_000_000, 16, f"{LONG} --scenario tiny-2ag"),
     "rware-tiny-4ag": Task(WAREHOUSE, 20_000_000, 24, f"{LONG} --scenario tiny-4ag"),
     "spread": Task("jaxmarl/MPE_simple_spread_v3", 2_000_000, SPREAD, f"{LONG} --gamma 0.95"),
-    "pressureplate": Task("benchmarks.envs:PressurePlate-4p-v0", 1_000_000, 4 * -19.27),
+    "spread-20m": Task("jaxmarl/MPE_simple_spread_v3", 20_000_000, SPREAD, f"{LONG} --gamma 0.95"),
+    "pressureplate": Task(
+        "benchmarks.envs:PressurePlate-4p-v0", 1_000_000, 4 * -19.27, "--ent-coef 0.05 --anneal-ent"
+    ),
 }
 TASKS = {
     f"{name}-{algorithm}": task._replace(flags=f"{task.flags} --algorithm {algorithm}")
