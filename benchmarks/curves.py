@@ -20,13 +20,15 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter
 
+RETURN = "charts/episodic_return"  # of the episodes that ended in the logged iterations
 
-def curve(folder: Path, points: int = 200) -> tuple[np.ndarray, np.ndarray]:
+
+def curve(folder: Path, tag: str = RETURN, points: int = 200) -> tuple[np.ndarray, np.ndarray]:
     """Returns steps [points] and returns [points] of one seed, each the mean over 4 % of steps."""
     reader = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    if "charts/episodic_return" not in reader.Tags()["scalars"]:
+    if tag not in reader.Tags()["scalars"]:
         sys.exit(f"{folder}: no episode has ended yet, train longer")
-    events = reader.Scalars("charts/episodic_return")
+    events = reader.Scalars(tag)
     x = np.array([event.step for event in events])
     y = np.array([event.value for event in events])
     grid = np.linspace(x[0], x[-1], points)
@@ -38,11 +40,11 @@ def curve(folder: Path, points: int = 200) -> tuple[np.ndarray, np.ndarray]:
     return grid, np.array(means)
 
 
-def line_of(folder: Path) -> dict:
+def line_of(folder: Path, tag: str = RETURN) -> dict:
     """Returns a run folder's line, with what a reader needs to know of it."""
     result = json.loads((folder / "result.json").read_text())
     del result["args"]["run_dir"]  # of this machine
-    curves = [curve(seed) for seed in sorted(folder.glob("seed*")) or [folder]]
+    curves = [curve(seed, tag) for seed in sorted(folder.glob("seed*")) or [folder]]
     line = {"name": f"{result['env_id']} {result['args']['exp_name']}"}
     for name in ("env_id", "args", "seeds", "episodic_return", "versions", "device"):
         line[name] = result[name]

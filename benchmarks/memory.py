@@ -81,6 +81,9 @@ TASKS = {
     "bipedalwalker-std1": Task(
         "BipedalWalker-v3", 2_000_000, 300, f"{WALK} --num-minibatches 16 --log-std-init 0"
     ),
+    "bipedalwalker-5m": Task(
+        "BipedalWalker-v3", 5_000_000, 300, f"{WALK} --num-minibatches 16 --log-std-init 0"
+    ),
 }
 
 
@@ -114,7 +117,6 @@ def measure(tasks: dict[str, Task], script: str, num_seeds: int, path: Path, see
     Args:
         seed: the first; of others than 1 the names of tasks end in it.
     """
-    lines = json.loads(path.read_text()) if path.exists() else {}
     for task_name, task in tasks.items():
         name = task_name if seed == 1 else f"{task_name}-seed{seed}"
         folder = run(name, task, script, num_seeds, seed)
@@ -122,11 +124,12 @@ def measure(tasks: dict[str, Task], script: str, num_seeds: int, path: Path, see
         scores = [row["mean"] for row in result["eval_return"]]
         line = line_of(folder) | {"eval_return": scores, "flags": task.flags, "bar": task.bar}
         line["name"] = f"{task.env_id} {name}"
+        lines = json.loads(path.read_text()) if path.exists() else {}  # another may have added some
         lines[name] = line | {"steps_to_bar": steps_to(folder, task.bar), "sps": result["sps"]}
         path.write_text(json.dumps(lines) + "\n")
         said = f"{np.round(scores, 2)}, mean {np.mean(scores):.2f}, bar {task.bar}"
         print(f"{name}: {said}, reached after {lines[name]['steps_to_bar']}", flush=True)
-    draw(list(lines.values()), path.with_suffix(".png"))
+    draw(list(json.loads(path.read_text()).values()), path.with_suffix(".png"))
 
 
 def main(tasks: tuple[str, ...] = tuple(TASKS), num_seeds: int = 5, seed: int = 1) -> None:

@@ -50,7 +50,7 @@ def ours(game: str, dtype: str, num_seeds: int, steps: int) -> dict:
     settings += ["--run-dir", str(folder), *FLAGS.split()]
     line = [sys.executable, str(ROOT / "ppo_atari.py"), *settings]
     subprocess.run(line, check=True, stderr=subprocess.DEVNULL)
-    return line_of(folder)
+    return line_of(folder, "charts/episodic_return_100")  # Freeway's episodes all end at once
 
 
 def theirs(python: str, checkout: Path, game: str, num_seeds: int, steps: int) -> list[float]:
@@ -63,6 +63,7 @@ def theirs(python: str, checkout: Path, game: str, num_seeds: int, steps: int) -
 
 def main(
     games: tuple[str, ...] = GAMES,
+    dtypes: tuple[str, ...] = DTYPES,
     num_seeds: int = 5,
     total_timesteps: int = 10_000_000,
     purejaxrl: Path | None = None,
@@ -73,14 +74,14 @@ def main(
     found = json.loads(path.read_text()) if path.exists() else {}
     for game in games:
         entry = found.setdefault(game, {})
-        for dtype in DTYPES:
+        for dtype in dtypes:
             if dtype not in entry:
                 entry[dtype] = ours(game, dtype, num_seeds, total_timesteps)
         if purejaxrl is not None and "PureJaxRL" not in entry:
             arguments = (peer_python, purejaxrl, game, num_seeds, total_timesteps)
             entry["PureJaxRL"] = theirs(*arguments)
         path.write_text(json.dumps(found) + "\n")
-        scores = {dtype: entry[dtype]["episodic_return"] for dtype in DTYPES}
+        scores = {x: entry[x]["episodic_return"] for x in DTYPES if x in entry}
         if "PureJaxRL" in entry:
             scores["PureJaxRL"] = entry["PureJaxRL"]
         for name, values in scores.items():

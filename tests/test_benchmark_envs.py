@@ -51,6 +51,42 @@ def test_agents_are_blocked_and_rewarded_by_room():
     assert env.agents[:3] == [(0, 14), (1, 12), (4, 8)]  # edge, wall, wall
 
 
+def distances(env, goal):
+    """Returns every cell's steps to a cell, as if all doors were open."""
+    found = {goal: 0}
+    queue = [goal]
+    for x, y in queue:
+        for dx, dy in env.moves[:4]:
+            cell = (x + dx, y + dy)
+            inside = 0 <= cell[0] < env.width and 0 <= cell[1] < env.height
+            if inside and cell not in env.walls and cell not in found:
+                found[cell] = found[x, y] + 1
+                queue.append(cell)
+    return found
+
+
+def test_shortest_paths_earn_what_is_published():
+    """PPO-and-friends' single test of a trained team, -19.27 per agent, is a common result."""
+    env, _ = plate()
+    ways = [distances(env, goal) for goal in (*env.plates, env.chest)]
+    random = np.random.default_rng(0)
+    team = []
+    for seed in range(200):
+        env.reset(seed=seed)
+        team.append(0)
+        over = False
+        while not over:
+            action = []
+            for (x, y), way in zip(env.agents, ways, strict=True):
+                ahead = [way.get((x + dx, y + dy), np.inf) for dx, dy in env.moves]
+                action.append(random.choice(np.flatnonzero(np.equal(ahead, min(ahead)))))
+            _, rewards, over, _, _ = env.step(action)
+            team[-1] += sum(rewards)
+    each = np.array(team) / 4
+    assert np.isclose(each, -19.27, atol=0.01).mean() > 0.1
+    assert -21 < each.mean() < -19.5
+
+
 def test_published_agents_layer_stands_still():
     for frozen in (False, True):
         env, _ = plate(frozen_agents=frozen)
