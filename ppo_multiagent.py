@@ -214,8 +214,9 @@ class Args:
     critic_input: Literal["auto", "state", "joint", "local"] = "auto"
     """the environment's state; all agents' observations; the agent's own (auto: ippo's; mappo's
     is the state where there is one, else joint)"""
-    share_parameters: bool = True
-    """one network for all agents, told which of them it is; or one for each"""
+    agent_types: tuple[int, ...] = ()
+    """each agent's, such as 0 0 0 1: types have networks of their own; by default all share one
+    pair, which is told which agent it is"""
     team_reward: bool = False
     """every agent learns from the sum of all rewards, not from its own"""
     # Memory
@@ -386,6 +387,11 @@ def validate_sequences(args: Args) -> None:
         fail(f"--num-minibatches {args.num_minibatches} does not divide {size}")
 
 
+def num_types(args: Args) -> int:
+    """Returns how many types of agents have networks of their own, 0 where all share one pair."""
+    return max(args.agent_types, default=-1) + 1
+
+
 def validate(args: Args) -> None:
     """Stops with exit code 2 at the first setting that cannot work, naming flag and remedy."""
     validate_run(args)
@@ -399,6 +405,8 @@ def validate(args: Args) -> None:
     validate_sequences(args)
     if args.algorithm == "ippo" and args.critic_input not in ("auto", "local"):
         fail(f"--critic-input {args.critic_input} is mappo's: leave it out, or --algorithm mappo")
+    if set(args.agent_types) != set(range(num_types(args))):
+        fail(f"--agent-types {args.agent_types}: count them from 0, and leave none out")
     if args.norm_adv and args.minibatch_size * args.chunk_length < 2:
         fail(
             f"--num-minibatches {args.num_minibatches} leaves one row in each, whose normalised"
@@ -729,7 +737,7 @@ class Networks(nn.Module):
 
 
 class ActorCritic(nn.Module):
-    """One pair of networks for all agents, or one for each of them."""
+    """One pair of networks for all agents, or one for each type of them."""
 
     action_space: spaces.Space
     args: Args
@@ -742,20 +750,21 @@ class ActorCritic(nn.Module):
             remember: whether also the memory behind each step is returned, leaves [C, L, H].
         """
         agent = views_of(seen.obs).agent
-        if self.args.share_parameters or agent is None:
+        if agent is None or not self.args.agent_types:
             found = Networks(self.action_space, self.args, name="shared")(seen)
         else:
             every = nn.vmap(
                 Networks,
                 in_axes=None,
                 out_axes=0,
-                axis_size=agent.shape[-1],
+                axis_size=num_types(self.args),
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
             )
-            answers = every(self.action_space, self.args, name="each")(seen)  # [A, C, L, ...]
+            answers = every(self.action_space, self.args, name="each")(seen)  # [types, C, L, ...]
             who = jnp.argmax(agent[:, 0], axis=-1)  # an agent's sequence is its own
-            found = jax.tree.map(lambda x: x[who, jnp.arange(len(who))], answers)
+            its_type = jnp.array(self.args.agent_types)[who]
+            found = jax.tree.map(lambda x: x[its_type, jnp.arange(len(who))], answers)
         policy, value, memory = found
         return (policy, value, memory) if remember else (policy, value)
 
@@ -1428,6 +1437,8 @@ def make_env(args: Args, env_seeds: list[int], render: bool = False) -> Environm
         fail(f"--env-id {args.env_id} has {type(space).__name__} actions: of no known kind")
     if args.critic_input == "state":
         fail(f"--critic-input state: {args.env_id} has none: leave it out")
+    if args.agent_types:
+        fail(f"--agent-types: {args.env_id} has one agent: leave it out")
     return with_one_agent(env)
 
 
@@ -1485,6 +1496,9 @@ def split_agents(env: Environment, args: Args) -> Environment:
             critic_input = "local"
     if critic_input == "state" and "state" not in env.observation_space:
         fail(f"--critic-input state: {args.env_id} has none: leave it out, or give joint")
+    agents = env.observation_space["obs"].shape[0]
+    if len(args.agent_types) not in (0, agents):
+        fail(f"--agent-types {args.agent_types}: {args.env_id} has {agents} agents: give one each")
     joint_space = env.action_space
 
     def show(time_step: TimeStep) -> TimeStep:
@@ -2875,15 +2889,15 @@ def init_learner(seed: Array, obs: Any, network: nn.Module, args: Args) -> Learn
 
 
 def init_params(key: Array, seen: Sequence, network: nn.Module) -> Any:
-    """Returns new parameters; where each agent has its own, theirs are drawn one after another.
+    """Returns new parameters; those of types of agents are drawn one after another.
 
     Vmapped, the initialisers' QR decompositions can wait for each other for ever (jax 0.10.2, CPU).
     """
     agent = views_of(seen.obs).agent
-    if network.args.share_parameters or agent is None:
+    if agent is None or not network.args.agent_types:
         return network.init(key, seen)
     one = Networks(network.action_space, network.args)
-    keys = jax.random.split(key, agent.shape[-1])
+    keys = jax.random.split(key, num_types(network.args))
     each = jax.lax.map(lambda key: one.init(key, seen)["params"], keys)
     return {"params": {"each": each}}
 

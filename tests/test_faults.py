@@ -514,6 +514,7 @@ OWN_BAD_FLAGS = {
         "--sequence-length 16",
         "--critic-sizes 8 0",
         "--critic-input joint --algorithm ippo",
+        "--agent-types 0 2",
         "--memory-size 0",
     ],
     "ppo_icm_lstm": [

@@ -177,19 +177,19 @@ def test_who_sees_what(team, algorithm):
     np.testing.assert_array_equal(of_value, np.eye(3) > -float(CRITICS[algorithm]))
 
 
-@pytest.mark.parametrize("recurrence", ["none", "gru"])
-def test_agents_with_parameters_of_their_own(team, recurrence):
-    """Each row is answered by its agent's networks."""
-    settings = {"share_parameters": False, "recurrence": recurrence, "memory_size": 3}
+@pytest.mark.parametrize(("recurrence", "types"), [("none", (0, 1, 2)), ("gru", (1, 0, 1))])
+def test_types_of_agents_have_parameters_of_their_own(team, recurrence, types):
+    """Each row is answered by its type's networks."""
+    settings = {"agent_types": types, "recurrence": recurrence, "memory_size": 3}
     t, run = play_native(team, 5, **settings)
     params = jax.tree.map(lambda x: x[0], run.learner.params)["params"]["each"]
-    assert all(len(x) == 3 for x in jax.tree.leaves(params))
+    assert all(len(x) == len(set(types)) for x in jax.tree.leaves(params))
     rows = team.agents_as_rows(team.Transition(**t._asdict()))
     learner = jax.tree.map(lambda x: x[0], run.learner)
     rows = rows._replace(obs=team.prepare_obs(rows.obs, learner, run.args))
     policy, value = team.apply_to_rollout(learner, rows, run.network)
     for a in range(3):
-        own = jax.tree.map(lambda x, a=a: x[a], params)
+        own = jax.tree.map(lambda x, a=a: x[types[a]], params)
         shared = {"params": {"shared": own}}
         alone = team.ActorCritic(
             run.network.action_space,
@@ -276,7 +276,7 @@ def test_jaxmarl(team):
 
 @pytest.mark.parametrize("device", ["cuda", "tpu"])
 def test_the_whole_iteration_lowers_for_accelerators(team, device):
-    settings = {"recurrence": "gru", "memory_size": 3, "share_parameters": False}
+    settings = {"recurrence": "gru", "memory_size": 3, "agent_types": (0, 1, 0)}
     args = team.Args(env_id=TEAM, num_envs=2, num_steps=4, num_minibatches=2, **SMALL | settings)
     run = team.make_run(args, team.seeds_of_envs(args))
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1])[None], ("process", "seed"))
@@ -317,6 +317,9 @@ def test_wrong_teams_end_in_one_line(team):
         ({"env_id": "CartPole-v1", "critic_input": "state"}, "--critic-input state"),
         ({"env_id": "jumanji/Snake-v1"}, "is unknown; nearest"),
         ({"env_id": TEAM, "algorithm": "ippo", "critic_input": "joint"}, "joint is mappo's"),
+        ({"env_id": TEAM, "agent_types": (0, 2, 2)}, "count them from 0"),
+        ({"env_id": TEAM, "agent_types": (0, 1)}, "has 3 agents"),
+        ({"env_id": "CartPole-v1", "agent_types": (0,)}, "has one agent"),
     ):
         args = team.Args(**settings)
         with pytest.raises(team.Failure, match=said):
