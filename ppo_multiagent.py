@@ -1266,13 +1266,33 @@ def anneal(learner: LearnerState, args: Args) -> Schedule:
     return schedule
 
 
-def update_value_stats(state: OptimizerState, batch: Batch, args: Args) -> OptimizerState:
-    """Returns the state whose statistics also hold a rollout's value targets."""
+def update_value_stats(learner: LearnerState, batch: Batch, args: Args) -> LearnerState:
+    """Returns the learner whose statistics also hold a rollout's value targets.
+
+    The critic's last layer goes with them, so that its values, in the unit of rewards, stay what
+    they are. Otherwise they would all be stretched, and targets, which are made of values, with
+    them: where little but values is in the targets, without end.
+
+    Source: van Hasselt et al. 2016, arXiv 1602.07714, proposition 1 (PopArt).
+    """
     if not args.norm_value:
-        return state
-    stats = state.value_stats
-    target = batch.target * jnp.sqrt(stats.var + 1e-8) + stats.mean
-    return state._replace(value_stats=update_stats(target, stats, batch.mask))
+        return learner
+    old = learner.opt_state.value_stats
+    old_std = jnp.sqrt(old.var + 1e-8)
+    new = update_stats(batch.target * old_std + old.mean, old, batch.mask)
+    new_std = jnp.sqrt(new.var + 1e-8)
+
+    def rescaled(path: tuple, x: Array) -> Array:
+        names = [key.key for key in path]
+        if f"critic_{len(args.critic_sizes)}" not in names:
+            return x
+        x = x * old_std / new_std
+        return x + (old.mean - new.mean) / new_std if names[-1] == "bias" else x
+
+    return learner._replace(
+        params=jax.tree_util.tree_map_with_path(rescaled, learner.params),
+        opt_state=learner.opt_state._replace(value_stats=new),
+    )
 
 
 def count_episodes(
@@ -1379,10 +1399,10 @@ def update(
     learner = learner._replace(
         obs_stats=obs_stats,
         return_stats=return_stats,
-        opt_state=update_value_stats(learner.opt_state, batch, args),
         schedule=given,
         iteration=learner.iteration + 1,
     )
+    learner = update_value_stats(learner, batch, args)
     learner, episode_metrics = count_episodes(learner, whole)
     return learner, metrics | episode_metrics | agent_metrics(whole)
 

@@ -26,7 +26,7 @@ PAIRS = {  # each is run as MAPPO and as IPPO
     "rware-tiny-4ag": Task(WAREHOUSE, 20_000_000, 24, f"{LONG} --scenario tiny-4ag"),
     "spread": Task("jaxmarl/MPE_simple_spread_v3", 2_000_000, SPREAD, f"{LONG} --gamma 0.95"),
     "spread-20m": Task("jaxmarl/MPE_simple_spread_v3", 20_000_000, SPREAD, f"{LONG} --gamma 0.95"),
-    "lbf-original": Task("lbforaging:Foraging-8x8-3p-2f-v3", 500_000, 3 * 0.25),
+    "lbf-original": Task("lbforaging:Foraging-8x8-3p-2f-v3", 300_000, 3 * 0.25),
     "rware-original": Task("rware:rware-tiny-2ag-v2", 2_000_000, 1),  # a delivery
     "pressureplate": Task(
         "benchmarks.envs:PressurePlate-4p-v0", 1_000_000, 4 * -19.27, "--ent-coef 0.05 --anneal-ent"

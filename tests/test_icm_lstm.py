@@ -619,6 +619,28 @@ def test_values_of_normalised_targets(icm):
     assert new.opt_state.value_stats.count == 50 + r["mask"].sum()
 
 
+@in_double
+def test_values_stay_when_their_statistics_move(icm):
+    """In the unit of rewards; so does the policy."""
+    args = small_args(icm, norm_value=True)
+    network, learner, transition, _ = start(icm, args)
+    batch = icm.make_batch(learner, transition, network, args)
+    moved = icm.update_value_stats(learner, batch, args)
+
+    def said(learner):
+        policy, value = network.apply(learner.params, batch.obs)
+        stats = learner.opt_state.value_stats
+        return jax.tree.leaves(policy), value * np.sqrt(stats.var + 1e-8) + stats.mean
+
+    policy, value = said(learner)
+    same_policy, same_value = said(moved)
+    assert abs(moved.opt_state.value_stats.mean) > 0.1
+    assert abs(moved.opt_state.value_stats.var - 1) > 0.1
+    np.testing.assert_allclose(same_value, value, rtol=1e-6, atol=1e-8)
+    for x, y in zip(policy, same_policy, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
 def test_annealed_numbers_end_at_their_least(icm):
     floors = {"min_learning_rate": 4e-3, "min_ent_coef": 0.01}
     args = small_args(icm, anneal_ent=True, anneal_intrinsic=True, intrinsic_weight=2.0, **floors)
@@ -741,6 +763,8 @@ def test_what_an_environment_lacks_ends_in_one_line(icm):
 
 # --- Mutants: (the test that must turn red, a text of the script, what a slip would make of it) ---
 MUTANTS = [
+    (test_values_stay_when_their_statistics_move, "x * old_std / new_std", "x"),
+    (test_values_stay_when_their_statistics_move, "+ (old.mean - new.mean) / new_std", ""),
     (
         test_memory_over_resets_and_bootstraps,
         "memory = jax.tree.map(lambda x: x * mask[:, None], memory)\n            return memory",
