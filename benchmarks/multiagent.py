@@ -12,15 +12,15 @@ from speed import ROOT
 
 JUMANJI = "--log-interval 10"
 LONG = f"{JUMANJI} --num-envs 256 --num-minibatches 8"
+SMALL = f"{JUMANJI} --scenario 2s-8x8-2p-2f-coop"
 FORAGING = "jumanji/LevelBasedForaging-v0"
 WAREHOUSE = "jumanji/RobotWarehouse-v0"
 # OpenAI's reward adds three agents' collisions with themselves in 25 steps, and halves nothing:
 # MAPPO's -133.5 in arXiv 2006.07869 is, if that was its reward, about 2 of JaxMARL's and -75
 SPREAD = (75 - 133.5) / 2
 PAIRS = {  # each is run as MAPPO and as IPPO
-    "lbf-8x8": Task(
-        FORAGING, 2_000_000, 0.99, f"{JUMANJI} --anneal-ent --scenario 2s-8x8-2p-2f-coop"
-    ),
+    "lbf-8x8": Task(FORAGING, 2_000_000, 0.99, f"{SMALL} --anneal-ent"),
+    "lbf-8x8-gru": Task(FORAGING, 2_000_000, 0.99, f"{SMALL} --anneal-ent --recurrence gru"),
     "lbf-10x10": Task(FORAGING, 20_000_000, 0.97, f"{LONG} --scenario 10x10-3p-3f"),
     "rware-tiny-2ag": Task(WAREHOUSE, 20_000_000, 16, f"{LONG} --scenario tiny-2ag"),
     "rware-tiny-4ag": Task(WAREHOUSE, 20_000_000, 24, f"{LONG} --scenario tiny-4ag"),
