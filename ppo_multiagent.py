@@ -405,7 +405,7 @@ def validate(args: Args) -> None:
     validate_sequences(args)
     if args.algorithm == "ippo" and args.critic_input not in ("auto", "local"):
         fail(f"--critic-input {args.critic_input} is mappo's: leave it out, or --algorithm mappo")
-    if set(args.agent_types) != set(range(num_types(args))):
+    if min(args.agent_types, default=0) or len(set(args.agent_types)) != num_types(args):
         fail(f"--agent-types {args.agent_types}: count them from 0, and leave none out")
     if args.norm_adv and args.minibatch_size * args.chunk_length < 2:
         fail(
