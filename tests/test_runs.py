@@ -307,7 +307,7 @@ SWITCHES = [
     (
         "ppo_multiagent",
         "Pair",
-        "--recurrence lstm --memory-size 4 --burn-in 2 --algorithm ippo --no-share-parameters"
+        "--recurrence lstm --memory-size 4 --burn-in 2 --algorithm ippo --agent-types 0 1"
         " --num-seeds 2 --team-reward --no-norm-value --sequence-length 16",
     ),
     ("ppo_multiagent", "Nested", "--objective kl-penalty --anneal-ent --recompute-advantages"),
