@@ -1269,9 +1269,9 @@ def anneal(learner: LearnerState, args: Args) -> Schedule:
 def update_value_stats(learner: LearnerState, batch: Batch, args: Args) -> LearnerState:
     """Returns the learner whose statistics also hold a rollout's value targets.
 
-    The critic's last layer goes with them, so that its values, in the unit of rewards, stay what
-    they are. Otherwise they would all be stretched, and targets, which are made of values, with
-    them: where little but values is in the targets, without end.
+    The critic's last layer is rescaled with them, so that its values, in the unit of rewards, stay
+    what they are. Otherwise the values would be stretched, and so would the targets, which are made
+    of values: where little else is in them, further with every update.
 
     Source: van Hasselt et al. 2016, arXiv 1602.07714, proposition 1 (PopArt).
     """
@@ -1283,11 +1283,13 @@ def update_value_stats(learner: LearnerState, batch: Batch, args: Args) -> Learn
     new_std = jnp.sqrt(new.var + 1e-8)
 
     def rescaled(path: tuple, x: Array) -> Array:
-        names = [key.key for key in path]
-        if f"critic_{len(args.critic_sizes)}" not in names:
+        layer, kind = (key.key for key in path[-2:])
+        if layer != f"critic_{len(args.critic_sizes)}":
             return x
         x = x * old_std / new_std
-        return x + (old.mean - new.mean) / new_std if names[-1] == "bias" else x
+        if kind == "bias":
+            x = x + (old.mean - new.mean) / new_std
+        return x
 
     return learner._replace(
         params=jax.tree_util.tree_map_with_path(rescaled, learner.params),

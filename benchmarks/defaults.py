@@ -85,6 +85,7 @@ CONFIGS = {
     "default": Config(DEFAULT),
     "default, m32": Config(WIDE),
     "default, gamma 0.995": Config(f"{DEFAULT} --gamma 0.995"),
+    "default, gamma 0.9999": Config(f"{DEFAULT} --gamma 0.9999"),
     "default, SiLU": Config(f"{DEFAULT} --activation silu"),
     "default, lr 5e-4": Config(f"{DEFAULT} --learning-rate 5e-4"),
     "default, 64 x 32": Config(f"{DEFAULT} --num-envs 64 --num-steps 32"),

@@ -49,7 +49,21 @@ print("sps", 4096 / (time.perf_counter() - start))
 """
 
 
-PUREJAXRL = """
+SETTINGS = {  # that PureJaxRL's and JaxMARL's scripts share
+    "NUM_STEPS": 128,
+    "UPDATE_EPOCHS": 4,
+    "NUM_MINIBATCHES": 4,
+    "GAMMA": 0.99,
+    "GAE_LAMBDA": 0.95,
+    "CLIP_EPS": 0.2,
+    "ENT_COEF": 0.01,
+    "VF_COEF": 0.5,
+    "MAX_GRAD_NORM": 0.5,
+    "ACTIVATION": "tanh",
+    "ANNEAL_LR": True,
+    "DEBUG": False,
+}
+COMPILED = """
 import importlib, json, sys, time, jax
 sys.path.insert(0, sys.argv[1])
 make_train = importlib.import_module(sys.argv[2]).make_train
@@ -68,9 +82,16 @@ def printed_speed(line: list[str]) -> float:
     return float(out.split("sps")[-1])
 
 
-def purejaxrl_speed(python: str, checkout: Path, module: str, config: dict) -> float:
-    """Returns the steps per second of one of PureJaxRL's scripts, compilation left out."""
-    return printed_speed([python, "-c", PUREJAXRL, str(checkout), module, json.dumps(config)])
+def compiled_speed(
+    python: str, checkout: Path, module: str, config: dict, before: str = ""
+) -> float:
+    """Returns the steps per second of PureJaxRL's or JaxMARL's make_train, without compilation.
+
+    Args:
+        before: code that the module needs to have run.
+    """
+    code = before + COMPILED
+    return printed_speed([python, "-c", code, str(checkout), module, json.dumps(config)])
 
 
 def ours(flags: str, script: str = "ppo_continuous.py") -> dict:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from speed import ROOT, ours, printed_speed, purejaxrl_speed
+from speed import ROOT, SETTINGS, compiled_speed, ours, printed_speed
 
 PONG = "--env-id Pong-v5"
 MINATAR = (
@@ -43,22 +43,12 @@ start = time.perf_counter()
 model.learn(steps)
 print("sps", steps / (time.perf_counter() - start))
 """
-CONFIG = {
+CONFIG = SETTINGS | {
     "LR": 5e-3,
     "NUM_ENVS": 64,
-    "NUM_STEPS": 128,
-    "UPDATE_EPOCHS": 4,
     "NUM_MINIBATCHES": 8,
-    "GAMMA": 0.99,
-    "GAE_LAMBDA": 0.95,
-    "CLIP_EPS": 0.2,
-    "ENT_COEF": 0.01,
-    "VF_COEF": 0.5,
-    "MAX_GRAD_NORM": 0.5,
     "ACTIVATION": "relu",
     "ENV_NAME": "Breakout-MinAtar",
-    "ANNEAL_LR": True,
-    "DEBUG": False,
 }
 ROLLOUT = 64 * 128  # steps of an iteration of MinAtar
 FRAMES = 4 * 84 * 84  # bytes of an observation of Atari
@@ -88,7 +78,7 @@ def minatar(python: str, checkout: Path, repeats: int, iterations: int) -> dict:
     steps = ROLLOUT * iterations
     config = CONFIG | {"TOTAL_TIMESTEPS": steps}
     for _ in range(repeats):
-        rows["PureJaxRL"].append(purejaxrl_speed(python, checkout, "ppo", config))
+        rows["PureJaxRL"].append(compiled_speed(python, checkout, "ppo", config))
         rows["ours"].append(speed(MINATAR, steps)["sps"])
         seeds = f"{MINATAR} --num-seeds 16"
         rows["ours, 16 seeds"].append(speed(seeds, steps // 4)["sps"])

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from speed import ROOT, ours, printed_speed, purejaxrl_speed
+from speed import ROOT, SETTINGS, compiled_speed, ours, printed_speed
 
 SCRIPT = "ppo_icm_lstm.py"
 LSTM = (
@@ -47,22 +47,10 @@ PLAIN = (
     " --no-recompute-advantages --critic-sizes 64 64 --vf-coef 0.5 --log-std-init 0"
     " --learning-rate 1e-3"
 )
-CONFIG = {  # of both, as they stand in their files
+CONFIG = SETTINGS | {  # of both, as they stand in their files
     "LR": 2.5e-4,
     "NUM_ENVS": 4,
-    "NUM_STEPS": 128,
-    "UPDATE_EPOCHS": 4,
-    "NUM_MINIBATCHES": 4,
-    "GAMMA": 0.99,
-    "GAE_LAMBDA": 0.95,
-    "CLIP_EPS": 0.2,
-    "ENT_COEF": 0.01,
-    "VF_COEF": 0.5,
-    "MAX_GRAD_NORM": 0.5,
-    "ACTIVATION": "tanh",
     "ENV_NAME": "CartPole-v1",
-    "ANNEAL_LR": True,
-    "DEBUG": False,
 }
 NATIVE = (
     "--env-id gymnax/CartPole-v1 --num-envs 4 --num-steps 128 --num-minibatches 4"
@@ -100,10 +88,10 @@ def main(
         add("ours, none", speed(f"{PLAIN} --ent-coef 0", 10 * steps))
         if purejaxrl is not None:
             config = CONFIG | {"TOTAL_TIMESTEPS": 50 * steps}
-            add("PureJaxRL ppo", purejaxrl_speed(peer_python, purejaxrl, "ppo", config))
+            add("PureJaxRL ppo", compiled_speed(peer_python, purejaxrl, "ppo", config))
             add("ours, gymnax", speed(NATIVE, 50 * steps))
             config["TOTAL_TIMESTEPS"] = 5 * steps
-            add("PureJaxRL ppo_rnn", purejaxrl_speed(peer_python, purejaxrl, "ppo_rnn", config))
+            add("PureJaxRL ppo_rnn", compiled_speed(peer_python, purejaxrl, "ppo_rnn", config))
             add("ours, gymnax, GRU", speed(GRU, 5 * steps))
     middle = {name: float(np.median(values)) for name, values in rows.items()}
     pairs = {

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from speed import ROOT, ours, purejaxrl_speed
+from speed import ROOT, SETTINGS, compiled_speed, ours
 
 OWN = (
     "--env-id brax/hopper --num-steps 10 --update-epochs 4 --no-anneal-lr --hidden-sizes 256 256"
@@ -34,26 +34,18 @@ def hopper(envs: int, seeds: int, iterations: int, minibatches: int) -> dict:
 
 def peer(python: str, checkout: Path, envs: int, iterations: int, minibatches: int) -> float:
     """Returns PureJaxRL's steps per second."""
-    config = {
+    config = SETTINGS | {
         "LR": 3e-4,
         "NUM_ENVS": envs,
         "NUM_STEPS": 10,
         "TOTAL_TIMESTEPS": envs * 10 * iterations,
-        "UPDATE_EPOCHS": 4,
         "NUM_MINIBATCHES": minibatches,
-        "GAMMA": 0.99,
-        "GAE_LAMBDA": 0.95,
-        "CLIP_EPS": 0.2,
         "ENT_COEF": 0.0,
-        "VF_COEF": 0.5,
-        "MAX_GRAD_NORM": 0.5,
-        "ACTIVATION": "tanh",
         "ENV_NAME": "hopper",
         "ANNEAL_LR": False,
         "NORMALIZE_ENV": True,
-        "DEBUG": False,
     }
-    return purejaxrl_speed(python, checkout, "ppo_continuous_action", config)
+    return compiled_speed(python, checkout, "ppo_continuous_action", config)
 
 
 def main(

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from speed import ROOT, ours, printed_speed
+from speed import ROOT, SETTINGS, compiled_speed, ours, printed_speed
 
+SCRIPT = "ppo_multiagent.py"
 ENVS = 64
 OURS = f"--num-envs {ENVS} --log-interval 10 --checkpoint-interval 1000"
 TASKS = {  # environment, scenario
@@ -47,7 +48,7 @@ def step(carry, key):
     state, time_step = env.step(state, action)
     return (state, time_step.observation.action_mask), time_step.reward.sum()
 """
-JAXMARL_BARE = """
+JAXMARL = """
 import jaxmarl
 env = jaxmarl.make(name)
 def reset(keys):
@@ -74,41 +75,29 @@ start = time.perf_counter()
 jax.block_until_ready(walk(jax.random.PRNGKey(0)))
 print("sps", envs * steps / (time.perf_counter() - start))
 """
-CONFIG = {  # of baselines/IPPO/config/ippo_ff_mpe.yaml
+CONFIG = SETTINGS | {  # of baselines/IPPO/config/ippo_ff_mpe.yaml
     "LR": 2.5e-4,
     "NUM_ENVS": ENVS,  # 16 there
-    "NUM_STEPS": 128,
-    "UPDATE_EPOCHS": 4,
-    "NUM_MINIBATCHES": 4,
-    "GAMMA": 0.99,
-    "GAE_LAMBDA": 0.95,
-    "CLIP_EPS": 0.2,
-    "ENT_COEF": 0.01,
-    "VF_COEF": 0.5,
-    "MAX_GRAD_NORM": 0.5,
-    "ACTIVATION": "tanh",
     "ENV_NAME": "MPE_simple_spread_v3",
     "ENV_KWARGS": {},
-    "ANNEAL_LR": True,
 }
 SAME = (
     f"{OURS} --env-id jaxmarl/MPE_simple_spread_v3 --algorithm ippo --num-steps 128"
     " --num-minibatches 4 --update-epochs 4 --learning-rate 2.5e-4 --hidden-sizes 64 64"
     " --critic-sizes 64 64 --activation tanh --clip-vloss"
 )
-JAXMARL = """
-import json, sys, time, jax
-sys.path.insert(0, sys.argv[1])
-import wandb
-from ippo_ff_mpe import make_train
+BEFORE = """
+import wandb  # which the script tells of every update
 wandb.init(mode="disabled")
-config = json.loads(sys.argv[2])
-train = jax.jit(make_train(config)).lower(jax.random.PRNGKey(30)).compile()
-start = time.perf_counter()
-jax.block_until_ready(train(jax.random.PRNGKey(30)))
-steps = config["NUM_UPDATES"] * config["NUM_STEPS"] * config["NUM_ENVS"]
-print("sps", steps / (time.perf_counter() - start))
 """
+
+
+def bare(env_id: str, scenario: str, steps: int) -> float:
+    """Returns the steps per second of an environment alone."""
+    library, _, name = env_id.partition("/")
+    code = BARE.format(environment=JUMANJI if library == "jumanji" else JAXMARL)
+    arguments = [str(ROOT), name, scenario, str(ENVS), str(steps)]
+    return printed_speed([sys.executable, "-c", code, *arguments])
 
 
 def main(
@@ -119,32 +108,26 @@ def main(
 ) -> None:
     """Measures everything `repeats` times in turn, and writes medians' ratios."""
     rows: dict[str, list[float]] = {}
-    pairs: dict[str, tuple[str, str]] = {}
-
-    def measure(name: str, flags: str, peer: str, line: list[str]) -> None:
-        rows.setdefault(peer, []).append(printed_speed(line))
-        rows.setdefault(f"ours, {name}", []).append(ours(flags, "ppo_multiagent.py")["sps"])
-        pairs[f"{name}: ours / {peer}"] = (f"ours, {name}", peer)
-
     for _ in range(repeats):
         for name, (env_id, scenario) in TASKS.items():
-            steps = 32 * iterations
-            flags = f"{OURS} --env-id {env_id} --total-timesteps {ENVS * steps}"
+            alone = bare(env_id, scenario, 32 * iterations)
+            rows.setdefault(f"{name}, bare", []).append(alone)
+            flags = f"{OURS} --env-id {env_id} --total-timesteps {ENVS * 32 * iterations}"
             if scenario:
                 flags += f" --scenario {scenario}"
-            library, _, task = env_id.partition("/")
-            code = BARE.format(environment=JUMANJI if library == "jumanji" else JAXMARL_BARE)
-            line = [sys.executable, "-c", code, str(ROOT), task, scenario, str(ENVS), str(steps)]
-            measure(name, flags, f"{name}, bare", line)
+            rows.setdefault(name, []).append(ours(flags, SCRIPT)["sps"])
         if jaxmarl is not None:
             steps = ENVS * 128 * iterations
-            line = [peer_python, "-c", JAXMARL, str(jaxmarl)]
-            line.append(json.dumps(CONFIG | {"TOTAL_TIMESTEPS": steps}))
-            measure("IPPO", f"{SAME} --total-timesteps {steps}", "JaxMARL's ippo_ff_mpe.py", line)
-    content = {
-        name: float(np.median(rows[mine]) / np.median(rows[peer]))
-        for name, (mine, peer) in pairs.items()
-    }
+            config = CONFIG | {"TOTAL_TIMESTEPS": steps}
+            theirs = compiled_speed(peer_python, jaxmarl, "ippo_ff_mpe", config, BEFORE)
+            rows.setdefault("simple_spread, JaxMARL", []).append(theirs)
+            found = ours(f"{SAME} --total-timesteps {steps}", SCRIPT)
+            rows.setdefault("simple_spread, its settings", []).append(found["sps"])
+    middle = {name: float(np.median(values)) for name, values in rows.items()}
+    content = {f"{x}, over bare": middle[x] / middle[f"{x}, bare"] for x in TASKS}
+    if jaxmarl is not None:
+        ratio = middle["simple_spread, its settings"] / middle["simple_spread, JaxMARL"]
+        content["simple_spread, over JaxMARL"] = ratio
     content["steps per second"] = rows
     path = ROOT / "benchmarks/results/speed_teams.json"
     path.write_text(json.dumps(content, indent=2) + "\n")

@@ -764,7 +764,11 @@ def test_what_an_environment_lacks_ends_in_one_line(icm):
 # --- Mutants: (the test that must turn red, a text of the script, what a slip would make of it) ---
 MUTANTS = [
     (test_values_stay_when_their_statistics_move, "x * old_std / new_std", "x"),
-    (test_values_stay_when_their_statistics_move, "+ (old.mean - new.mean) / new_std", ""),
+    (
+        test_values_stay_when_their_statistics_move,
+        "x = x + (old.mean - new.mean) / new_std",
+        "pass",
+    ),
     (
         test_memory_over_resets_and_bootstraps,
         "memory = jax.tree.map(lambda x: x * mask[:, None], memory)\n            return memory",
