@@ -876,8 +876,8 @@ def count_episodes(
     known = jnp.arange(size) >= size - learner.episodes
     known = jnp.concatenate([known, ended.ravel() > 0])
     returns = jnp.concatenate([learner.returns, rollout.episodic_return.ravel()])
-    last = jnp.argsort(known, stable=True)[-size:]
-    known = known[last].astype(returns.dtype)
+    last = jnp.sort(jnp.where(known, jnp.arange(len(known)), -1))[-size:]  # -1: not that many
+    known = (last >= 0).astype(returns.dtype)
     returns = jnp.where(known > 0, returns[last], 0)
     episodes = learner.episodes + jnp.sum(ended).astype(learner.episodes.dtype)
 

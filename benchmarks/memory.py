@@ -81,6 +81,12 @@ TASKS = {
     "bipedalwalker-std1": Task(
         "BipedalWalker-v3", 2_000_000, 300, f"{WALK} --num-minibatches 16 --log-std-init 0"
     ),
+    "bipedalwalker-gamma999": Task(
+        "BipedalWalker-v3",
+        2_000_000,
+        300,
+        f"{WALK} --num-minibatches 16 --log-std-init 0 --gamma 0.999",
+    ),
     "hardcore": Task(
         "BipedalWalkerHardcore-v3", 5_000_000, 300, f"{WALK} --num-minibatches 16 --log-std-init 0"
     ),

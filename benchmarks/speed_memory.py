@@ -2,6 +2,7 @@
 
     python benchmarks/speed_memory.py --peer-python ../peers/bin/python
     python benchmarks/speed_memory.py --peer-python ../peers/bin/python --purejaxrl CHECKOUT
+    python benchmarks/speed_memory.py --pairs "no memory, ours / ppo_continuous.py"
 
 where that Python has sb3-contrib, and for PureJaxRL what CHECKOUT,
 github.com/luchris429/purejaxrl's folder purejaxrl, needs. Each pair has the same settings:
@@ -68,45 +69,58 @@ def speed(flags: str, steps: int, script: str = SCRIPT) -> float:
     return ours(f"{flags} --total-timesteps {steps}", script)["sps"]
 
 
+PAIRS = {
+    "LSTM, ours / sb3-contrib": ("ours, LSTM", "sb3-contrib"),
+    "no memory, ours / ppo_continuous.py": ("ours, none", "ppo_continuous.py"),
+    "gymnax, ours / PureJaxRL": ("ours, gymnax", "PureJaxRL ppo"),
+    "gymnax with GRU, ours / PureJaxRL": ("ours, gymnax, GRU", "PureJaxRL ppo_rnn"),
+}
+
+
 def main(
+    pairs: tuple[str, ...] = tuple(PAIRS),
     peer_python: str = sys.executable,
     purejaxrl: Path | None = None,
     repeats: int = 3,
     iterations: int = 20,
 ) -> None:
-    """Measures everything `repeats` times in turn, and writes medians' ratios."""
-    rows: dict[str, list[float]] = {}
+    """Measures pairs `repeats` times in turn, and writes the medians of their ratios.
 
-    def add(name: str, found: float) -> None:
-        rows.setdefault(name, []).append(found)
+    What is there of other pairs stays.
 
+    Args:
+        purejaxrl: without it, pairs with PureJaxRL are left out.
+    """
     steps = 1024 * iterations
-    for _ in range(repeats):
-        add("sb3-contrib", printed_speed([peer_python, "-c", CONTRIB, str(iterations)]))
-        add("ours, LSTM", speed(LSTM, 5 * steps))
-        add("ppo_continuous.py", speed(PLAIN, 10 * steps, "ppo_continuous.py"))
-        add("ours, none", speed(f"{PLAIN} --ent-coef 0", 10 * steps))
-        if purejaxrl is not None:
-            config = CONFIG | {"TOTAL_TIMESTEPS": 50 * steps}
-            add("PureJaxRL ppo", compiled_speed(peer_python, purejaxrl, "ppo", config))
-            add("ours, gymnax", speed(NATIVE, 50 * steps))
-            config["TOTAL_TIMESTEPS"] = 5 * steps
-            add("PureJaxRL ppo_rnn", compiled_speed(peer_python, purejaxrl, "ppo_rnn", config))
-            add("ours, gymnax, GRU", speed(GRU, 5 * steps))
-    middle = {name: float(np.median(values)) for name, values in rows.items()}
-    pairs = {
-        "LSTM, ours / sb3-contrib": ("ours, LSTM", "sb3-contrib"),
-        "no memory, ours / ppo_continuous.py": ("ours, none", "ppo_continuous.py"),
-        "gymnax, ours / PureJaxRL": ("ours, gymnax", "PureJaxRL ppo"),
-        "gymnax with GRU, ours / PureJaxRL": ("ours, gymnax, GRU", "PureJaxRL ppo_rnn"),
+
+    def compiled(module: str, steps: int) -> float:
+        config = CONFIG | {"TOTAL_TIMESTEPS": steps}
+        return compiled_speed(peer_python, purejaxrl, module, config)
+
+    measures = {
+        "sb3-contrib": lambda: printed_speed([peer_python, "-c", CONTRIB, str(iterations)]),
+        "ours, LSTM": lambda: speed(LSTM, 5 * steps),
+        "ppo_continuous.py": lambda: speed(PLAIN, 10 * steps, "ppo_continuous.py"),
+        "ours, none": lambda: speed(f"{PLAIN} --ent-coef 0", 10 * steps),
+        "PureJaxRL ppo": lambda: compiled("ppo", 50 * steps),
+        "ours, gymnax": lambda: speed(NATIVE, 50 * steps),
+        "PureJaxRL ppo_rnn": lambda: compiled("ppo_rnn", 5 * steps),
+        "ours, gymnax, GRU": lambda: speed(GRU, 5 * steps),
     }
-    content = {
-        name: middle[a] / middle[b] for name, (a, b) in pairs.items() if a in middle and b in middle
-    }
-    content["steps per second"] = rows
     path = ROOT / "benchmarks/results/speed_memory.json"
-    path.write_text(json.dumps(content, indent=2) + "\n")
-    print(json.dumps(content, indent=2))
+    content = json.loads(path.read_text()) if path.exists() else {"steps per second": {}}
+    for pair in pairs:
+        mine, theirs = PAIRS[pair]
+        if "PureJaxRL" in theirs and purejaxrl is None:
+            continue
+        rows = {theirs: [], mine: []}
+        for _ in range(repeats):
+            for name, found in rows.items():
+                found.append(measures[name]())
+        content[pair] = float(np.median(np.divide(rows[mine], rows[theirs])))
+        content["steps per second"] |= rows
+        path.write_text(json.dumps(content, indent=2) + "\n")
+        print(f"{pair}: {content[pair]:.2f}", flush=True)
 
 
 if __name__ == "__main__":
