@@ -29,6 +29,7 @@ class Task(NamedTuple):
 
 LSTM = "--recurrence lstm"
 LONG = "--forget-bias 1"
+NATIVE = "--log-interval 10"
 GRID = "--activation relu --num-envs 32 --sequence-length 32"
 WALK = (  # of numbers, not choices: Tianshou's settings, as in defaults.py
     "--num-envs 64 --num-steps 32 --learning-rate 3e-4 --recompute-advantages --no-norm-adv"
@@ -74,6 +75,9 @@ TASKS = {
         f"{LSTM} {LONG} --icm {GRID}",
         "--no-deterministic",
     ),
+    "gymnax-cartpole": Task("gymnax/CartPole-v1", 100_000, 500, NATIVE),
+    "memorychain-lstm": Task("gymnax/MemoryChain-bsuite", 100_000, 1, f"{LSTM} {NATIVE}"),
+    "memorychain-none": Task("gymnax/MemoryChain-bsuite", 100_000, 1, NATIVE),
     "continuous-cartpole": Task("benchmarks.envs:ContinuousCartPole-v0", 100_000, 500),
     "bipedalwalker": Task(
         "BipedalWalker-v3", 2_000_000, 300, f"{WALK} --num-minibatches 32 --log-std-init -0.5"
@@ -86,6 +90,12 @@ TASKS = {
         2_000_000,
         300,
         f"{WALK} --num-minibatches 16 --log-std-init 0 --gamma 0.999",
+    ),
+    "bipedalwalker-kl": Task(
+        "BipedalWalker-v3",
+        3_000_000,
+        300,
+        f"{WALK} --num-minibatches 16 --log-std-init 0 --adaptive-lr --no-anneal-lr",
     ),
     "hardcore": Task(
         "BipedalWalkerHardcore-v3", 5_000_000, 300, f"{WALK} --num-minibatches 16 --log-std-init 0"
