@@ -97,6 +97,13 @@ TASKS = {
         300,
         f"{WALK} --num-minibatches 16 --log-std-init 0 --adaptive-lr --no-anneal-lr",
     ),
+    "bipedalwalker-friends": Task(  # PPO-and-friends' settings: a fall costs little
+        "BipedalWalker-v3",
+        2_000_000,
+        300,
+        "--num-envs 32 --num-steps 32 --num-minibatches 2 --reward-range -1 10 --learning-rate 3e-4"
+        " --min-learning-rate 1e-4 --hidden-sizes 128 128 --critic-sizes 256 256",
+    ),
     "hardcore": Task(
         "BipedalWalkerHardcore-v3", 5_000_000, 300, f"{WALK} --num-minibatches 16 --log-std-init 0"
     ),
