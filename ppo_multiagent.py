@@ -586,20 +586,82 @@ class Memory(nn.Module):
         from_input = nn.Dense(gates, kernel_init=init, bias_init=first_biases, name="input")(x)
         kernel = self.param("recurrent", init, (size, gates), jnp.float32)
         cell = lstm_cell
+        bias = jnp.zeros(gates, kernel.dtype)  # of an LSTM's gates: that of the inputs is enough
         if self.args.recurrence == "gru":
-            bias = self.param("candidate_bias", nn.initializers.zeros, (size,), jnp.float32)
-            cell = partial(gru_cell, bias=bias)
-
-        def step(memory: Any, t: tuple) -> tuple[Any, tuple]:
-            from_input, mask = t
-            memory = cell(memory, from_input, kernel)
-            out = memory[0]
-            memory = jax.tree.map(lambda x: x * mask[:, None], memory)
-            return memory, (out, memory)
-
+            cell = gru_cell
+            of_candidate = self.param("candidate_bias", nn.initializers.zeros, (size,), jnp.float32)
+            bias = jnp.pad(of_candidate, (2 * size, 0))
+        weights = RecurrentWeights(kernel=kernel, bias=bias)
         steps = from_input.swapaxes(0, 1), seen.mask.swapaxes(0, 1)
-        _, found = jax.lax.scan(step, seen.memory, steps)
+        found = recur(cell, weights, seen.memory, *steps)
         return jax.tree.map(lambda x: x.swapaxes(0, 1), found)
+
+
+class RecurrentWeights(NamedTuple):
+    kernel: Array  # [H, 4 H] of an LSTM, [H, 3 H] of a GRU
+    bias: Array
+
+
+def from_memory(weights: RecurrentWeights, hidden: Array) -> Array:
+    """Returns what the memory adds to the gates, [..., 4 H] or [..., 3 H]."""
+    return hidden @ weights.kernel + weights.bias
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def recur(
+    cell: Callable, weights: RecurrentWeights, memory: tuple, from_input: Array, mask: Array
+) -> tuple[Array, tuple]:
+    """Returns outputs [L, C, H] and the memory behind each step, leaves [L, C, H].
+
+    Its gradient is that of the scan, which alone would add up the kernel's in every step, H x 4 H
+    numbers each. Here it is one product over all steps: up to twice as fast.
+
+    Args:
+        memory: that enters the first step, leaves [C, H].
+        from_input: what inputs add to the gates, [L, C, 4 H] or [L, C, 3 H].
+        mask: [L, C].
+    """
+
+    def step(memory: tuple, t: tuple) -> tuple[tuple, tuple]:
+        from_input, mask = t
+        memory = cell(memory, from_input, from_memory(weights, memory[0]))
+        out = memory[0]
+        memory = jax.tree.map(lambda x: x * mask[:, None], memory)
+        return memory, (out, memory)
+
+    return jax.lax.scan(step, memory, (from_input, mask))[1]
+
+
+def recur_forward(
+    cell: Callable, weights: RecurrentWeights, memory: tuple, from_input: Array, mask: Array
+) -> tuple[tuple, tuple]:
+    """Returns what recur returns, and what its gradient needs."""
+    out, behind = recur(cell, weights, memory, from_input, mask)
+    entering = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y[:-1]]), memory, behind)
+    return (out, behind), (weights, entering, from_input, mask)
+
+
+def recur_backward(cell: Callable, kept: tuple, gradient: tuple) -> tuple:
+    """Returns the gradients of recur's arguments; nothing learns of the mask: 0."""
+    weights, entering, from_input, mask = kept
+    product, product_back = jax.vjp(from_memory, weights, entering[0])
+
+    def step(later: tuple, t: tuple) -> tuple[tuple, tuple]:
+        (of_out, of_behind), entering, from_input, product, mask = t
+        hidden, *rest = jax.tree.map(lambda x, y: (x + y) * mask[:, None], later, of_behind)
+        _, back = jax.vjp(cell, entering, from_input, product)
+        (hidden, *rest), of_input, of_product = back((hidden + of_out, *rest))
+        hidden += of_product @ weights.kernel.T
+        return (hidden, *rest), (of_input, of_product)
+
+    nothing = jax.tree.map(lambda x: jnp.zeros_like(x[0]), entering)
+    steps = gradient, entering, from_input, product, mask
+    of_memory, (of_input, of_product) = jax.lax.scan(step, nothing, steps, reverse=True)
+    of_weights, _ = product_back(of_product)
+    return of_weights, of_memory, of_input, jnp.zeros_like(mask)
+
+
+recur.defvjp(recur_forward, recur_backward)
 
 
 def lstm_biases(key: Array, shape: tuple[int], dtype: Any, forget: float) -> Array:
@@ -612,34 +674,33 @@ def lstm_biases(key: Array, shape: tuple[int], dtype: Any, forget: float) -> Arr
     return jnp.where(of_forget_gates, forget, 0).astype(dtype)
 
 
-def lstm_cell(memory: tuple, from_input: Array, kernel: Array) -> tuple:
+def lstm_cell(memory: tuple, from_input: Array, from_memory: Array) -> tuple:
     """Returns (hidden, cell), each [C, H], after a step.
 
     Args:
         from_input: what input adds to the gates, [C, 4 H]: input, forget, candidate, output.
-        kernel: [H, 4 H].
+        from_memory: what the memory's hidden part adds to them, [C, 4 H].
     """
-    hidden, cell = memory
-    gates = from_input + hidden @ kernel
+    _, cell = memory
+    gates = from_input + from_memory
     input_gate, forget_gate, candidate, output_gate = jnp.split(gates, 4, axis=-1)
     cell = nn.sigmoid(forget_gate) * cell + nn.sigmoid(input_gate) * jnp.tanh(candidate)
     return nn.sigmoid(output_gate) * jnp.tanh(cell), cell
 
 
-def gru_cell(memory: tuple, from_input: Array, kernel: Array, bias: Array) -> tuple:
+def gru_cell(memory: tuple, from_input: Array, from_memory: Array) -> tuple:
     """Returns (hidden,), [C, H], after a step.
 
     Args:
         from_input: what input adds to the gates, [C, 3 H]: reset, update, candidate.
-        kernel: [H, 3 H].
-        bias: of the candidate's product with memory, [H].
+        from_memory: what the memory adds to them, [C, 3 H].
     """
     (hidden,) = memory
     x_reset, x_update, x_new = jnp.split(from_input, 3, axis=-1)
-    h_reset, h_update, h_new = jnp.split(hidden @ kernel, 3, axis=-1)
+    h_reset, h_update, h_new = jnp.split(from_memory, 3, axis=-1)
     reset = nn.sigmoid(x_reset + h_reset)
     update = nn.sigmoid(x_update + h_update)
-    new = jnp.tanh(x_new + reset * (h_new + bias))
+    new = jnp.tanh(x_new + reset * h_new)
     return ((1 - update) * new + update * hidden,)
 
 

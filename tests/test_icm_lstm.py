@@ -317,6 +317,41 @@ def test_cells_are_those_of_flax(icm, recurrence):
         np.testing.assert_allclose(of(ours), of(flaxs), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("recurrence", ["lstm", "gru"])
+@in_double
+def test_gradient_of_a_recurrence_is_that_of_its_steps(icm, recurrence):
+    """Every argument's, over resets, of outputs and of the memory behind each step."""
+    rng = np.random.default_rng(9)
+    steps, sequences = 7, 3
+    gates, leaves = {"lstm": (4 * H, 2), "gru": (3 * H, 1)}[recurrence]
+    cell = {"lstm": icm.lstm_cell, "gru": icm.gru_cell}[recurrence]
+    weights = icm.RecurrentWeights(rng.normal(0, 0.5, (H, gates)), rng.normal(0, 1, gates))
+    memory = tuple(rng.normal(0, 1, (sequences, H)) for _ in range(leaves))
+    from_input = rng.normal(0, 1, (steps, sequences, gates))
+    mask = jnp.array(rng.random((steps, sequences)) < 0.7, float)
+    weight = rng.normal(0, 1, (1 + leaves, steps, sequences, H))
+
+    def at_once(weights, memory, from_input):
+        out, behind = icm.recur(cell, weights, memory, from_input, mask)
+        return jnp.sum(weight * jnp.stack([out, *behind]))
+
+    def one_by_one(weights, memory, from_input):
+        total = 0
+        for t in range(steps):
+            product = memory[0] @ weights.kernel + weights.bias
+            memory = cell(memory, from_input[t], product)
+            out = memory[0]
+            memory = tuple(x * mask[t][:, None] for x in memory)
+            total += jnp.sum(weight[:, t] * jnp.stack([out, *memory]))
+        return total
+
+    arguments = weights, memory, from_input
+    found = jax.value_and_grad(at_once, (0, 1, 2))(*arguments)
+    wanted = jax.value_and_grad(one_by_one, (0, 1, 2))(*arguments)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("bias", [0.0, 1.0, 2.5])
 def test_how_much_an_lstm_keeps_at_first(icm, bias):
     """Without input a step leaves sigmoid(forget_bias) of its cell."""
@@ -771,10 +806,14 @@ MUTANTS = [
     ),
     (
         test_memory_over_resets_and_bootstraps,
-        "memory = jax.tree.map(lambda x: x * mask[:, None], memory)\n            return memory",
+        "memory = jax.tree.map(lambda x: x * mask[:, None], memory)\n        return memory",
         "return memory",
     ),
-    (test_memory_over_resets_and_bootstraps, "gates = from_input + hidden", "gates = hidden"),
+    (
+        test_memory_over_resets_and_bootstraps,
+        "gates = from_input + from_memory",
+        "gates = from_memory",
+    ),
     (test_memory_over_resets_and_bootstraps, "jnp.moveaxis(x, 1, 3)", "x"),
     (
         test_sequences_are_the_whole,
@@ -782,7 +821,18 @@ MUTANTS = [
         "before[-len(before[:: args.chunk_length]) :]",
     ),
     (test_sequences_are_the_whole, "memory[:-2]", "memory[1:-1]"),
-    (test_cells_are_those_of_flax, "reset * (h_new + bias)", "(h_new + bias)"),
+    (test_cells_are_those_of_flax, "reset * h_new", "h_new"),
+    (
+        test_gradient_of_a_recurrence_is_that_of_its_steps,
+        "(x + y) * mask[:, None]",
+        "x * mask[:, None] + y",
+    ),
+    (test_gradient_of_a_recurrence_is_that_of_its_steps, "back((hidden + of_out", "back((hidden"),
+    (
+        test_gradient_of_a_recurrence_is_that_of_its_steps,
+        "hidden += of_product",
+        "hidden -= of_product",
+    ),
     (
         test_rollouts_carry_memory,
         "lambda x: x * mask[:, None], memory)\n    runner",
@@ -816,6 +866,7 @@ MUTANTS = [
 CASES = {
     test_sequences_are_the_whole: {"recurrence": "lstm", "length": 4},
     test_cells_are_those_of_flax: {"recurrence": "gru"},
+    test_gradient_of_a_recurrence_is_that_of_its_steps: {"recurrence": "lstm"},
     test_rollouts_carry_memory: {"recurrence": "lstm"},
     test_bootstraps_are_bounded_where_a_future_is_cut_off: {"bootstrap": "fixed"},
 }
