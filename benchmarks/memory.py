@@ -29,7 +29,7 @@ class Task(NamedTuple):
 
 LSTM = "--recurrence lstm"
 LONG = "--forget-bias 1"
-NATIVE = "--log-interval 2"
+NATIVE = "--log-interval 10"
 GRID = "--activation relu --num-envs 32 --sequence-length 32"
 WALK = (  # of numbers, not choices: Tianshou's settings, as in defaults.py
     "--num-envs 64 --num-steps 32 --learning-rate 3e-4 --recompute-advantages --no-norm-adv"
