@@ -842,9 +842,9 @@ class Memory(nn.Module):
         return jax.tree.map(lambda x: x.swapaxes(0, 1), found)
 
 
-class RecurrentWeights(NamedTuple):
+class RecurrentWeights(NamedTuple):  # of the product with memory
     kernel: Array  # [H, 4 H] of an LSTM, [H, 3 H] of a GRU
-    bias: Array
+    bias: Array  # [4 H] or [3 H]
 
 
 def from_memory(weights: RecurrentWeights, hidden: Array) -> Array:
