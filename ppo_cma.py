@@ -844,7 +844,8 @@ def count_episodes(
     known = jnp.arange(size) >= size - learner.episodes
     known = jnp.concatenate([known, ended.ravel() > 0])
     returns = jnp.concatenate([learner.returns, rollout.episodic_return.ravel()])
-    last = jnp.sort(jnp.where(known, jnp.arange(len(known)), -1))[-size:]  # -1: not that many
+    place = jnp.where(known, jnp.arange(len(known)), -1)
+    last = jnp.sort(place)[-size:]  # -1 where fewer are known
     known = (last >= 0).astype(returns.dtype)
     returns = jnp.where(known > 0, returns[last], 0)
     episodes = learner.episodes + jnp.sum(ended).astype(learner.episodes.dtype)

@@ -831,7 +831,7 @@ class Memory(nn.Module):
         from_input = nn.Dense(gates, kernel_init=init, bias_init=first_biases, name="input")(x)
         kernel = self.param("recurrent", init, (size, gates), jnp.float32)
         cell = lstm_cell
-        bias = jnp.zeros(gates, kernel.dtype)  # of an LSTM's gates: that of the inputs is enough
+        bias = jnp.zeros(gates, kernel.dtype)  # an LSTM's gates have that of the inputs only
         if self.args.recurrence == "gru":
             cell = gru_cell
             of_candidate = self.param("candidate_bias", nn.initializers.zeros, (size,), jnp.float32)
@@ -859,7 +859,8 @@ def recur(
     """Returns outputs [L, C, H] and the memory behind each step, leaves [L, C, H].
 
     Its gradient is that of the scan, which alone would add up the kernel's in every step, H x 4 H
-    numbers each. Here it is one product over all steps: up to twice as fast.
+    numbers each. Here it is one product over all steps: a run with the defaults is 1.6 times as
+    fast on a CPU.
 
     Args:
         memory: that enters the first step, leaves [C, H].
@@ -895,7 +896,8 @@ def recur_backward(cell: Callable, kept: tuple, gradient: tuple) -> tuple:
         (of_out, of_behind), entering, from_input, product, mask = t
         hidden, *rest = jax.tree.map(lambda x, y: (x + y) * mask[:, None], later, of_behind)
         _, back = jax.vjp(cell, entering, from_input, product)
-        (hidden, *rest), of_input, of_product = back((hidden + of_out, *rest))
+        of_entering, of_input, of_product = back((hidden + of_out, *rest))
+        hidden, *rest = of_entering
         hidden += of_product @ weights.kernel.T
         return (hidden, *rest), (of_input, of_product)
 
@@ -1820,7 +1822,8 @@ def count_episodes(
     known = jnp.arange(size) >= size - learner.episodes
     known = jnp.concatenate([known, ended.ravel() > 0])
     returns = jnp.concatenate([learner.returns, rollout.episodic_return.ravel()])
-    last = jnp.sort(jnp.where(known, jnp.arange(len(known)), -1))[-size:]  # -1: not that many
+    place = jnp.where(known, jnp.arange(len(known)), -1)
+    last = jnp.sort(place)[-size:]  # -1 where fewer are known
     known = (last >= 0).astype(returns.dtype)
     returns = jnp.where(known > 0, returns[last], 0)
     episodes = learner.episodes + jnp.sum(ended).astype(learner.episodes.dtype)
