@@ -32,10 +32,11 @@ LONG = "--forget-bias 1"
 NATIVE = "--log-interval 10"
 GRID = "--activation relu --num-envs 32 --sequence-length 32"
 WALK = (  # of numbers, not choices: Tianshou's settings, as in defaults.py
-    "--num-envs 64 --num-steps 32 --learning-rate 3e-4 --recompute-advantages --no-norm-adv"
-    " --vf-coef 0.25 --ent-coef 0"
+    "--num-envs 64 --learning-rate 3e-4 --recompute-advantages --no-norm-adv --vf-coef 0.25"
+    " --ent-coef 0"
 )
-WALK_STD1 = f"{WALK} --num-minibatches 16 --log-std-init 0"
+WALK_8192 = f"{WALK} --num-steps 128 --num-minibatches 32"
+WALK_2048 = f"{WALK} --num-steps 32 --num-minibatches 16"
 TASKS = {
     "cartpole": Task("CartPole-v1", 100_000, 500),
     "acrobot": Task("Acrobot-v1", 500_000, -82),
@@ -80,31 +81,10 @@ TASKS = {
     "memorychain-lstm": Task("gymnax/MemoryChain-bsuite", 100_000, 1, f"{LSTM} {NATIVE}"),
     "memorychain-none": Task("gymnax/MemoryChain-bsuite", 100_000, 1, NATIVE),
     "continuous-cartpole": Task("benchmarks.envs:ContinuousCartPole-v0", 100_000, 500),
-    "bipedalwalker": Task(
-        "BipedalWalker-v3", 2_000_000, 300, f"{WALK} --num-minibatches 32 --log-std-init -0.5"
-    ),
-    "bipedalwalker-std1": Task("BipedalWalker-v3", 2_000_000, 300, WALK_STD1),
-    "bipedalwalker-gamma999": Task(
-        "BipedalWalker-v3",
-        2_000_000,
-        300,
-        f"{WALK_STD1} --gamma 0.999",
-    ),
-    "bipedalwalker-kl": Task(
-        "BipedalWalker-v3",
-        3_000_000,
-        300,
-        f"{WALK_STD1} --adaptive-lr --no-anneal-lr",
-    ),
-    "bipedalwalker-friends": Task(  # PPO-and-friends' settings: a fall costs little
-        "BipedalWalker-v3",
-        2_000_000,
-        300,
-        "--num-envs 32 --num-steps 32 --num-minibatches 2 --reward-range -1 10 --learning-rate 3e-4"
-        " --min-learning-rate 1e-4 --hidden-sizes 128 128 --critic-sizes 256 256",
-    ),
-    "hardcore": Task("BipedalWalkerHardcore-v3", 5_000_000, 300, WALK_STD1),
-    "bipedalwalker-5m": Task("BipedalWalker-v3", 5_000_000, 300, WALK_STD1),
+    "bipedalwalker": Task("BipedalWalker-v3", 5_000_000, 300, WALK_8192),
+    "bipedalwalker-2048": Task("BipedalWalker-v3", 5_000_000, 300, WALK_2048),
+    "bipedalwalker-2048-2m": Task("BipedalWalker-v3", 2_000_000, 300, WALK_2048),
+    "hardcore": Task("BipedalWalkerHardcore-v3", 5_000_000, 300, WALK_8192),
 }
 
 

@@ -121,8 +121,8 @@ def pytest_addoption(parser):
 
 
 def pytest_xdist_auto_num_workers(config):
-    """Returns one more than there are cores: tests wait for processes a third of the time."""
-    return os.cpu_count() + 1
+    """Returns two more than there are cores: tests wait for processes a third of the time."""
+    return os.cpu_count() + 2
 
 
 def pytest_configure(config):
