@@ -27,6 +27,7 @@ class Task(NamedTuple):
     evaluation: str = ""
 
 
+CURIOUS = "--icm --no-norm-reward --extrinsic-weight 0.1"
 LSTM = "--recurrence lstm"
 LONG = "--forget-bias 1"
 NATIVE = "--log-interval 10"
@@ -43,8 +44,12 @@ TASKS = {
     "lunarlander": Task("LunarLander-v3", 1_000_000, 240),
     "mountaincar-icm": Task("MountainCar-v0", 500_000, -110, "--icm"),
     "mountaincar-plain": Task("MountainCar-v0", 500_000, -110),
-    "mountaincarcontinuous-icm": Task(
-        "MountainCarContinuous-v0", 200_000, 92, "--icm --no-norm-reward --extrinsic-weight 0.1"
+    "mountaincarcontinuous-icm": Task("MountainCarContinuous-v0", 200_000, 92, CURIOUS),
+    "mountaincarcontinuous-novel-icm": Task(
+        "benchmarks.envs:MountainCarContinuousNoVel-v0", 200_000, 92, CURIOUS
+    ),
+    "mountaincarcontinuous-novel-lstm-icm": Task(
+        "benchmarks.envs:MountainCarContinuousNoVel-v0", 200_000, 92, f"{LSTM} {CURIOUS}"
     ),
     "cartpole-novel-lstm": Task(
         "benchmarks.envs:CartPoleNoVel-v1", 100_000, 500, f"{LSTM} {LONG} --no-norm-adv"
