@@ -28,6 +28,9 @@ class Task(NamedTuple):
 
 
 CURIOUS = "--icm --no-norm-reward --extrinsic-weight 0.1"
+STEADY = (  # curious for longer, and less towards the end
+    "--icm --no-norm-reward --extrinsic-weight 0.03 --anneal-intrinsic --icm-learning-rate 1e-4"
+)
 LSTM = "--recurrence lstm"
 LONG = "--forget-bias 1"
 NATIVE = "--log-interval 10"
@@ -45,11 +48,11 @@ TASKS = {
     "mountaincar-icm": Task("MountainCar-v0", 500_000, -110, "--icm"),
     "mountaincar-plain": Task("MountainCar-v0", 500_000, -110),
     "mountaincarcontinuous-icm": Task("MountainCarContinuous-v0", 200_000, 92, CURIOUS),
-    "mountaincarcontinuous-novel-icm": Task(
-        "benchmarks.envs:MountainCarContinuousNoVel-v0", 200_000, 92, CURIOUS
-    ),
     "mountaincarcontinuous-novel-lstm-icm": Task(
-        "benchmarks.envs:MountainCarContinuousNoVel-v0", 200_000, 92, f"{LSTM} {CURIOUS}"
+        "benchmarks.envs:MountainCarContinuousNoVel-v0", 200_000, 92, f"{LSTM} {LONG} {STEADY}"
+    ),
+    "mountaincarcontinuous-novel-icm": Task(
+        "benchmarks.envs:MountainCarContinuousNoVel-v0", 200_000, 92, STEADY
     ),
     "cartpole-novel-lstm": Task(
         "benchmarks.envs:CartPoleNoVel-v1", 100_000, 500, f"{LSTM} {LONG} --no-norm-adv"
