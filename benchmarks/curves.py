@@ -71,7 +71,7 @@ def draw(lines: list[dict], out: Path) -> None:
         band = (returns.min(axis=0), returns.max(axis=0))
         axis.fill_between(line["steps"], *band, color=drawn.get_color(), alpha=0.2)
     for env_id, axis in panels.items():
-        axis.set(title=env_id, xlabel="steps per seed", ylabel="episodic return")
+        axis.set(title=env_id.split(":")[-1], xlabel="steps per seed", ylabel="episodic return")
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.legend(fontsize="x-small")
     figure.savefig(out, dpi=110)
