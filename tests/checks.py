@@ -499,17 +499,20 @@ def check_env_action(ppo):
     np.testing.assert_array_equal(whole, [-2, 0, 1, 2])  # to the nearest, not towards 0
 
 
-def lowered(function, inputs, device):
-    """Returns the text of a jitted function that is fit for a GPU or TPU.
+def lowered(function, inputs):
+    """Returns the texts of a jitted function for GPUs and for TPUs, which it is fit for.
 
-    No call of the host, no float64 and nothing that leaves the device stands in it.
+    No call of the host, no float64 and nothing that leaves the device stands in them.
     """
-    text = jax.export.export(function, platforms=[device])(*inputs).mlir_module()
-    targets = set(re.findall(r"custom_call @(\w+)", text))
-    assert not [x for x in targets if "callback" in x], targets
-    assert "f64" not in text
-    assert not re.findall(r"infeed|outfeed|stablehlo\.(?:send|recv)", text)
-    return text
+    texts = []
+    for device in ("cuda", "tpu"):
+        text = jax.export.export(function, platforms=[device])(*inputs).mlir_module()
+        targets = set(re.findall(r"custom_call @(\w+)", text))
+        assert not [x for x in targets if "callback" in x], targets
+        assert "f64" not in text
+        assert not re.findall(r"infeed|outfeed|stablehlo\.(?:send|recv)", text)
+        texts.append(text)
+    return texts
 
 
 CHECKS = [v for k, v in dict(globals()).items() if k.startswith("check_")]

@@ -393,16 +393,15 @@ def test_what_was_said_is_what_the_network_says(atari):
         np.testing.assert_allclose(mine, again, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("device", ["cuda", "tpu"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_update_lowers_for_accelerators(atari, device, dtype):
+def test_update_lowers_for_accelerators(atari, dtype):
     """With the library's convolutions."""
     args = small_pixels(atari, dtype=dtype)
     network, learner, transition = pixel_rollout(atari, args)
     update = jax.jit(partial(atari.update, network=network, args=args))
-    text = lowered(update, (learner, transition), device)
-    assert "stablehlo.convolution" in text
-    assert ("bf16" in text) == (dtype == "bfloat16")
+    for text in lowered(update, (learner, transition)):
+        assert "stablehlo.convolution" in text
+        assert ("bf16" in text) == (dtype == "bfloat16")
 
 
 def test_images_have_no_statistics(atari):

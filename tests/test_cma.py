@@ -333,11 +333,10 @@ def test_advantages_are_scaled_not_centred(cma):
             np.testing.assert_allclose(cma.scale_advantages(x, mask, args), clipped, rtol=1e-8)
 
 
-@pytest.mark.parametrize("device", ["cuda", "tpu"])
-def test_update_lowers_for_accelerators(cma, device):
+def test_update_lowers_for_accelerators(cma):
     args, network, learner, transition = bandit(cma)
     update = jax.jit(partial(cma.update, network=network, args=args))
-    lowered(update, (learner, transition), device)
+    lowered(update, (learner, transition))
 
 
 def test_first_policy_and_first_weights(cma):
@@ -364,7 +363,7 @@ def test_std_grows_far_from_the_optimum_and_shrinks_around_it():
     from cma_didactic import optimize, quadratic
 
     def stds(algorithm):  # but of the first actions, which are not yet the network's
-        run = optimize(quadratic, algorithm, 16, hidden_sizes=(64, 64))
+        run = optimize(quadratic, algorithm, 16, hidden_sizes=(32, 32), init_updates=1000)
         return np.sqrt(np.trace(run["covariance"], axis1=1, axis2=2) / 2)[1:]
 
     cma_m = stds("ppo-cma-m")

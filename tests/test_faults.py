@@ -127,7 +127,7 @@ def train_in(folder, script):
     """Trains a small run in folder/a."""
     flags = ["--env-id", "MountainCarContinuous-v0", "--run-dir", "a"]
     line = command(script, *SMALL[script], *flags)
-    subprocess.run(line, cwd=folder, env=everybodys(folder), check=True)
+    execute(line, folder, everybodys(folder)).check_returncode()
 
 
 def as_somebody_else(folder, script, flags):

@@ -274,15 +274,14 @@ def test_jaxmarl(team):
     assert 0 < won.sum() < t.ended.sum()
 
 
-@pytest.mark.parametrize("device", ["cuda", "tpu"])
-def test_the_whole_iteration_lowers_for_accelerators(team, device):
+def test_the_whole_iteration_lowers_for_accelerators(team):
     settings = {"recurrence": "gru", "memory_size": 3, "agent_types": (0, 1, 0)}
     args = team.Args(env_id=TEAM, num_envs=2, num_steps=4, num_minibatches=2, **SMALL | settings)
     run = team.make_run(args, team.seeds_of_envs(args))
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1])[None], ("process", "seed"))
     given = run.learner, team.split_by_seed(run.runner, args), np.int32(1)
     loop = jax.jit(team.make_loop(run, mesh, args))
-    lowered(loop, given, device)
+    lowered(loop, given)
 
 
 # --- Runs ---

@@ -178,22 +178,21 @@ def test_what_is_not_finite_stops_at_once(run, tmp_path, script):
     assert not list((tmp_path / "a/checkpoints").iterdir())
 
 
-def lowered_loop(module, mesh, platform, **settings):
-    """Returns the text of a script's whole loop for a platform, as StableHLO."""
+def lowered_loop(module, mesh, **settings):
+    """Returns the texts of a script's whole loop, as StableHLO."""
     sizes = {"num_envs": 8, "num_steps": 16, "num_seeds": 2, "hidden_sizes": (8, 8)}
     args = module.Args(env_id="gymnax/Pendulum-v1", **sizes, **settings)
     run = module.make_run(args, module.seeds_of_envs(args))
     loop = module.make_loop(run, mesh, args)
     begin = module.to_devices(run.learner, module.split_by_seed(run.runner, args), 1, mesh)
-    return lowered(jax.jit(loop), begin, platform)
+    return lowered(jax.jit(loop), begin)
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_the_whole_loop_fits_gpus_and_tpus(ppo, cma, platform):
+def test_the_whole_loop_fits_gpus_and_tpus(ppo, cma):
     mesh = Mesh(np.array(jax.devices("cpu")[:1])[None], ("process", "seed"))
     for module in (ppo, cma):
-        text = lowered_loop(module, mesh, platform)
-        assert "stablehlo.while" in text and len(text) > 10_000
+        for text in lowered_loop(module, mesh):
+            assert "stablehlo.while" in text and len(text) > 10_000
 
 
 def test_readme_example_runs(run, tmp_path):

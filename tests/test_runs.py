@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT, SCRIPTS, SMALL, environment
+from processes import execute
 from runs import events_of, result, run_in_two_processes, run_on_cores, scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -187,8 +188,9 @@ def forgetful(policy):
     return ask
 
 
-def test_a_trained_policy_is_three_lines_away(trained, run, tmp_path, script):
-    """Without environments or global settings; its actions are those of an evaluation."""
+@pytest.mark.costly
+def test_a_trained_policy_is_three_lines_away(trained, script):
+    """In a new process, whose JAX is set as before."""
     folder = trained(script)
     code = (
         f"import jax, {script} as m\n"
@@ -201,6 +203,10 @@ def test_a_trained_policy_is_three_lines_away(trained, run, tmp_path, script):
     done = subprocess.run(line, env=env, capture_output=True, text=True, check=True)
     assert done.stdout.endswith("True\n")
 
+
+def test_a_trained_policy_acts_as_in_an_evaluation(trained, run, tmp_path, script):
+    """Without environments."""
+    folder = trained(script)
     module = __import__(script)
     loaded = module.load(folder)
     policy = forgetful(loaded)
@@ -257,7 +263,7 @@ def evaluated(run, tmp_path, script, folder, episodes):
 
 def test_learns_pendulum(run, tmp_path):
     """Out of a broken agent's reach: doing nothing earns about -1200."""
-    flags = "--num-envs 16 --num-steps 64 --gamma 0.9 --learning-rate 1e-3"
+    flags = "--num-envs 16 --num-steps 64 --gamma 0.9 --learning-rate 1e-3 --critic-sizes 64 64"
     train = ["--env-id", "Pendulum-v1", *flags.split(), "--total-timesteps", 150_000]
     run("ppo_continuous", *train, "--run-dir", "a", learns=True)
     assert evaluated(run, tmp_path, "ppo_continuous", "a", 20) > -600
@@ -333,9 +339,11 @@ def test_copied_script_runs_alone(tmp_path, path):
     shutil.copy(path, tmp_path / "mine.py")
     task = "MountainCar-v0" if path.stem == "ppo_atari" else "MountainCarContinuous-v0"
     flags = ["--env-id", task, "--env-kwargs", '{"max_episode_steps": 50}', "--run-dir", "a"]
-    for extra in (SMALL[path.stem], ["--mode", "eval", "--eval-episodes", "1", "--video"]):
-        alone = [sys.executable, "-I", str(tmp_path / "mine.py"), *flags, *extra]
-        done = subprocess.run(alone, cwd=tmp_path, capture_output=True, text=True)
+    alone = [sys.executable, "-I", str(tmp_path / "mine.py"), *flags, *SMALL[path.stem]]
+    trained = subprocess.run(alone, cwd=tmp_path, capture_output=True, text=True)
+    line = [sys.executable, str(tmp_path / "mine.py"), *flags, "--mode", "eval", "--video"]
+    played = execute([*line, "--eval-episodes", "1"], tmp_path, environment())
+    for done in (trained, played):
         assert done.returncode == 0, done.stderr
         assert "RuntimeWarning" not in done.stderr
     films = sorted(film.name for film in (tmp_path / "a/videos").iterdir())
