@@ -60,15 +60,15 @@ class Config(NamedTuple):
 
 CLEANRL = (
     "--num-envs 1 --num-steps 2048 --num-minibatches 32 --no-recompute-advantages --norm-adv"
-    " --clip-vloss --vf-coef 0.5 --log-std-init 0 --critic-sizes 64 64"
+    " --clip-vloss --vf-coef 0.5 --log-std-init 0"
 )
 TIANSHOU = (
     "--num-envs 64 --num-steps 32 --num-minibatches 32 --recompute-advantages --no-norm-adv"
-    " --no-clip-vloss --vf-coef 0.25 --log-std-init -0.5 --critic-sizes 64 64"
+    " --no-clip-vloss --vf-coef 0.25 --log-std-init -0.5"
 )
 M16 = f"{TIANSHOU} --num-minibatches 16"
-WIDE = f"{TIANSHOU} --num-envs 32 --num-steps 64 --critic-sizes 256 256"
-DEFAULT = f"{WIDE} --num-minibatches 16"
+DEFAULT = f"{TIANSHOU} --num-envs 32 --num-steps 64 --num-minibatches 16"
+WIDE = f"{DEFAULT} --critic-sizes 256 256"
 DENSE = 'nn.Dense(size, dtype=dtype, kernel_init=init, name=f"{name}_{i}")(x)'
 NORM = f'nn.LayerNorm(name=f"{{name}}_norm_{{i}}")({DENSE})'
 ADAM = "optax.scale_by_adam(eps=1e-5)"
@@ -83,16 +83,15 @@ CONFIGS = {
     "m16, gamma 0.995": Config(f"{M16} --gamma 0.995"),
     "m16, 16 x 128": Config(f"{M16} --num-envs 16 --num-steps 128"),
     "default": Config(DEFAULT),
-    "default, m32": Config(WIDE),
-    "default, gamma 0.995": Config(f"{DEFAULT} --gamma 0.995"),
-    "default, gamma 0.9999": Config(f"{DEFAULT} --gamma 0.9999"),
-    "default, SiLU": Config(f"{DEFAULT} --activation silu"),
+    "default, critic 128": Config(f"{DEFAULT} --critic-sizes 128 128"),
+    "default, critic 256": Config(WIDE),
+    "critic 256, m32": Config(f"{WIDE} --num-minibatches 32"),
+    "critic 256, gamma 0.995": Config(f"{WIDE} --gamma 0.995"),
+    "critic 256, gamma 0.9999": Config(f"{WIDE} --gamma 0.9999"),
+    "critic 256, SiLU": Config(f"{WIDE} --activation silu"),
     "default, lr 5e-4": Config(f"{DEFAULT} --learning-rate 5e-4"),
-    "default, 64 x 32": Config(f"{DEFAULT} --num-envs 64 --num-steps 32"),
     "default, norm-adv": Config(f"{DEFAULT} --norm-adv"),
     "default, std 1": Config(f"{DEFAULT} --log-std-init 0"),
-    "default, narrow critic": Config(f"{DEFAULT} --critic-sizes 64 64"),
-    "default, critic 128": Config(f"{DEFAULT} --critic-sizes 128 128"),
     "default, advantages once": Config(f"{DEFAULT} --no-recompute-advantages"),
     "default, clip-vloss": Config(f"{DEFAULT} --clip-vloss"),
     "default, vf 0.5": Config(f"{DEFAULT} --vf-coef 0.5"),
