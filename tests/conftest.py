@@ -118,6 +118,16 @@ def cma():
 def pytest_addoption(parser):
     every = "run costly tests on every script, not on the reference only"
     parser.addoption("--every-script", action="store_true", help=every)
+    slips = "also put slips into the scripts, one by one, which the tests have to notice"
+    parser.addoption("--mutants", action="store_true", help=slips)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out the tests of tests, which take two minutes, unless they are asked for."""
+    if not config.getoption("--mutants"):
+        left_out = [x for x in items if x.originalname == "test_mutant_is_killed"]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [x for x in items if x not in left_out]
 
 
 def pytest_xdist_auto_num_workers(config):
