@@ -4,7 +4,7 @@
     python benchmarks/cost.py --seconds 20 --platform gpu
 
 Pendulum by EnvPool, rollouts on the host, and by gymnax, wholly on the device; T = 32 steps, 10
-epochs of minibatches of 256 rows (or of the whole rollout, where that is smaller), logging and
+epochs of minibatches of 256 rows (or of the whole rollout, where that is smaller), a critic of 256 x 256, logging and
 normalisation on. A point's run is of 10 iterations, or, where those take less than --seconds, of
 as many as that time has room for.
 Compilation is left out. Writes cost.json and cost.png in benchmarks/results/.
@@ -31,7 +31,7 @@ def measure(env_id: str, envs: int, seeds: int, iterations: int, platform: str) 
     """Returns the content of result.json of a run of that many iterations."""
     rollout = envs * STEPS
     flags = f"--env-id {env_id} --num-envs {envs} --num-seeds {seeds} --num-steps {STEPS}"
-    flags += f" --num-minibatches {max(rollout // 256, 1)} --log-interval 10"
+    flags += f" --num-minibatches {max(rollout // 256, 1)} --critic-sizes 256 256 --log-interval 10"
     flags += f" --total-timesteps {rollout * iterations} --platform {platform}"
     return ours(flags)
 

@@ -123,7 +123,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out the tests of tests, which take two minutes, unless they are asked for."""
+    """Leaves out the tests of tests, unless they are asked for."""
     if not config.getoption("--mutants"):
         left_out = [x for x in items if x.originalname == "test_mutant_is_killed"]
         config.hook.pytest_deselected(items=left_out)

@@ -178,10 +178,10 @@ def test_what_is_not_finite_stops_at_once(run, tmp_path, script):
     assert not list((tmp_path / "a/checkpoints").iterdir())
 
 
-def lowered_loop(module, mesh, **settings):
+def lowered_loop(module, mesh):
     """Returns the texts of a script's whole loop, as StableHLO."""
     sizes = {"num_envs": 8, "num_steps": 16, "num_seeds": 2, "hidden_sizes": (8, 8)}
-    args = module.Args(env_id="gymnax/Pendulum-v1", **sizes, **settings)
+    args = module.Args(env_id="gymnax/Pendulum-v1", **sizes)
     run = module.make_run(args, module.seeds_of_envs(args))
     loop = module.make_loop(run, mesh, args)
     begin = module.to_devices(run.learner, module.split_by_seed(run.runner, args), 1, mesh)
