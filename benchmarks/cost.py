@@ -4,9 +4,9 @@
     python benchmarks/cost.py --seconds 20 --platform gpu
 
 Pendulum by EnvPool, rollouts on the host, and by gymnax, wholly on the device; T = 32 steps, 10
-epochs of minibatches of 256 rows (or of the whole rollout, where that is smaller), a critic of 256 x 256, logging and
-normalisation on. A point's run is of 10 iterations, or, where those take less than --seconds, of
-as many as that time has room for.
+epochs of minibatches of 256 rows (or of the whole rollout, where that is smaller), a critic of
+256 x 256, logging and normalisation on. A point's run is of 10 iterations, or, where those take
+less than --seconds, of as many as that time has room for.
 Compilation is left out. Writes cost.json and cost.png in benchmarks/results/.
 """
 
