@@ -127,6 +127,8 @@ class Args:
     """where updates run, and JAX-native environments"""
     act_on: Literal["auto", "cpu", "device"] = "auto"
     """policies of other environments: beside them, or where updates run (auto: so for images)"""
+    overlap: bool = False
+    """collect the next rollout while the update computes: its policy is one update older"""
     distributed: bool = False
     """one of P processes started by mpirun or srun; each steps num_envs / P environments"""
     vectorization: Literal["sync", "async"] = "sync"
@@ -363,6 +365,8 @@ def validate(args: Args) -> None:
             f"--num-minibatches {args.num_minibatches} leaves one row in each, whose normalised"
             " advantage is always 0: give fewer, or --no-norm-adv"
         )
+    if args.overlap and is_native(args):
+        fail("--overlap is for environments on the host: leave it out")
     if args.adaptive_lr and args.anneal_lr:
         fail("--adaptive-lr contradicts --anneal-lr: add --no-anneal-lr")
     if args.target_kl is not None:
@@ -2401,16 +2405,49 @@ def compile_update(run: Run, mesh: Mesh, args: Args) -> tuple[Callable, RunnerSt
     if acting_device(run.env.observation_space, args) != cpu():
         collect = jax.block_until_ready  # what an accelerator has seen stays there
 
-    def advance(learner: LearnerState, runner: RunnerState, count: int, seconds: dict) -> Iteration:
+    def act(runner: RunnerState, learner: LearnerState, seconds: dict) -> tuple:
         with timed(seconds, "acting"):
             runner, transition = run.act(runner, learner._replace(opt_state=None))
-            transition = collect(transition)
+            return runner, collect(transition)
+
+    def improve(learner: LearnerState, transition: Transition, seconds: dict) -> tuple:
         with timed(seconds, "learning"):
             given = put(learner, pspecs=BY_SEED), put(transition, pspecs=ROLLOUT)
-            learner, metrics, bad = jax.device_get(update_all(*given))
+            return jax.device_get(update_all(*given))
+
+    def advance(learner: LearnerState, runner: RunnerState, count: int, seconds: dict) -> Iteration:
+        runner, transition = act(runner, learner, seconds)
+        learner, metrics, bad = improve(learner, transition, seconds)
         return Iteration(learner, runner, transition, metrics, bad)
 
+    if args.overlap:
+        advance = overlapped(act, improve, args)
     return advance, run.runner
+
+
+def overlapped(act: Callable, improve: Callable, args: Args) -> Callable:
+    """Returns an `advance` that collects the next rollout while the update computes.
+
+    All rollouts but the first are by the policy that was there before the update beside them. The
+    loss compares with what that policy said, so its ratios stay true; advantages begin with its
+    values.
+    """
+    worker = ThreadPoolExecutor(max_workers=1)
+    ahead = []  # the runner and the rollout that were collected beside the last update
+
+    def advance(learner: LearnerState, runner: RunnerState, count: int, seconds: dict) -> Iteration:
+        if not ahead:
+            ahead.append(act(runner, learner, seconds))
+        runner, transition = ahead.pop()
+        collecting = None
+        if learner.iteration[0] + 1 < args.num_iterations:
+            collecting = worker.submit(act, runner, with_fresh_noise(learner), seconds)
+        learner, metrics, bad = improve(learner, transition, seconds)
+        if collecting is not None:
+            ahead.append(collecting.result())
+        return Iteration(learner, runner, transition, metrics, bad)
+
+    return advance
 
 
 def iterate(last: Iteration, env: Environment, network: nn.Module, args: Args) -> Iteration:

@@ -1,6 +1,7 @@
 """What is ppo_atari.py's own: choices, convolutions, lives, RAM, stacked frames, protocols."""
 
 import math
+import threading
 from dataclasses import replace
 from functools import partial
 
@@ -329,13 +330,16 @@ BAD = [
     ({"env_id": "gymnax/Breakout-MinAtar", "network": "nature"}, "try small"),
     ({"env_id": "scripted:Labels-v0", "frame_stack": 2}, "--frame-stack"),
     ({"env_id": "Brekout-v5"}, "nearest: Breakout-v5"),
+    ({"env_id": "gymnax/Breakout-MinAtar", "overlap": True}, "--overlap is for environments on"),
 ]
 
 
 @pytest.mark.parametrize(("settings", "message"), BAD, ids=lambda x: str(x)[:30])
 def test_what_cannot_be_trained_gets_one_line(atari, settings, message):
     with pytest.raises(SystemExit, match=message) as stopped:
-        atari.make_env(atari.Args(**settings), [1])
+        args = atari.Args(**settings)
+        atari.validate(args)
+        atari.make_env(args, [1])
     assert stopped.value.code == 2
 
 
@@ -415,6 +419,65 @@ def test_images_have_no_statistics(atari):
     batch = atari.make_batch(learner, transition._replace(obs=scaled), network, args)
     assert batch.obs.dtype == np.uint8
     np.testing.assert_array_equal(batch.obs, transition.obs[:-1].reshape(8, 4, 84, 84))
+
+
+def seconds():
+    return {"acting": 0.0, "learning": 0.0}
+
+
+def test_overlapped_policies_are_one_update_older(atari):
+    """Four iterations equal rollouts and updates in turn, of learners that are remembered."""
+    small = {"num_envs": 2, "num_steps": 8, "num_minibatches": 2, "update_epochs": 2}
+    args = atari.Args(env_id="CartPole-v1", total_timesteps=64, overlap=True, **small)
+    run, again = [atari.make_run(args, atari.seeds_of_envs(args)) for _ in range(2)]
+    KEPT.extend([run, again])
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("process", "seed"))
+    advance, runner = atari.make_advance(run, mesh)
+    learner = run.learner
+    for _ in range(args.num_iterations):
+        learner, runner, *_ = advance(learner, runner, 1, seconds())
+
+    update = jax.jit(jax.vmap(partial(atari.update, network=again.network, args=args)))
+    learners = [again.learner]
+    runner = again.runner
+    for k in range(args.num_iterations):
+        acting = learners[max(k - 1, 0)]._replace(opt_state=None, iteration=learners[k].iteration)
+        runner, transition = again.act(runner, acting)
+        learners.append(jax.device_get(update(learners[k], transition)[0]))
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, learner.params, learners[-1].params)
+    assert learner.iteration == 4
+    np.testing.assert_array_equal(learner.episodes, learners[-1].episodes)
+
+
+def test_overlapped_rollouts_run_beside_the_update(atari):
+    """Each waits for the other, but the first rollout and the last update, which are alone."""
+    args = atari.Args(num_envs=1, num_steps=1, num_minibatches=1, total_timesteps=3, overlap=True)
+    meeting = threading.Barrier(2, timeout=20)
+    called = []
+
+    def act(runner, learner, seconds):
+        if runner > 0:
+            meeting.wait()
+        called.append(("rollout", runner, learner.obs_stats))
+        return runner + 1, runner
+
+    def improve(learner, transition, seconds):
+        if transition < 2:
+            meeting.wait()
+        called.append(("update", transition))
+        found = learner._replace(obs_stats=transition + 1, iteration=learner.iteration + 1)
+        return found, {}, 0
+
+    learner = atari.LearnerState(*[None] * len(atari.LearnerState._fields))
+    learner = learner._replace(obs_stats=0, iteration=np.array([0]))
+    advance = atari.overlapped(act, improve, args)
+    runner = 0
+    for _ in range(3):
+        learner, runner, *_ = advance(learner, runner, 1, seconds())
+    rollouts = [x for x in called if x[0] == "rollout"]
+    assert rollouts == [("rollout", 0, 0), ("rollout", 1, 0), ("rollout", 2, 1)]
+    assert [x for x in called if x[0] == "update"] == [("update", x) for x in range(3)]
 
 
 # --- Runs ---
@@ -501,6 +564,11 @@ MUTANTS = [
     (test_lives_are_ends_for_learning_only, 'and args.mode == "train"', ""),
     (test_ram, "[old[:, 1:], x[:, None]]", "[x[:, None], old[:, 1:]]"),
     (test_frames_are_stacked_within_an_episode, "repeated(x), moved)", "moved, moved)"),
+    (
+        test_overlapped_policies_are_one_update_older,
+        "runner, with_fresh_noise(learner),",
+        "runner, learner,",
+    ),
     (
         test_images_have_no_statistics,
         "if is_image(stats):\n        return x",
