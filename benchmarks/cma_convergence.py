@@ -1,8 +1,11 @@
 """Learning curves of PPO-CMA-m against PPO, each with the settings of arXiv 1810.02541: two plots.
 
+A third is a small search over the settings for MuJoCo: N, batch, how long a decision is held.
+
     python benchmarks/cma_convergence.py  # environments, N = 8000, 1M steps: cma_convergence.png
     python benchmarks/cma_convergence.py --plot humanoid --env-ids Humanoid-v4 \\
         --total-timesteps 10000000 --num-seeds 3  # cma_humanoid.png
+    python benchmarks/cma_convergence.py --plot search --num-seeds 3  # cma_search.png
     python benchmarks/cma_convergence.py --env-ids Hopper-v4 --total-timesteps 100000 --num-seeds 2
 
 Runs are in runs/ppo_cma/; the same command again goes on where it stopped. The data lie beside the
@@ -22,7 +25,7 @@ from curves import main as plot_curves
 from scipy.stats import bootstrap
 
 ROOT = Path(__file__).parents[1]
-PLOTS = {  # N = num_envs x 1000; all with --action-repeat 2
+PLOTS = {  # N = num_envs x 1000; --action-repeat 2 where no other is said
     "convergence": {
         "ppo-cma-m": "--num-envs 8 --batch-size 512",
         "ppo-cma-m-4000": "--num-envs 4 --batch-size 512",
@@ -31,6 +34,13 @@ PLOTS = {  # N = num_envs x 1000; all with --action-repeat 2
     "humanoid": {
         "ppo-cma-m": "--num-envs 32 --batch-size 512",
         "ppo": "--algorithm ppo --num-envs 32 --batch-size 128 --clip-coef 0.0025",
+    },
+    "search": {
+        "N 8000": "--num-envs 8 --batch-size 512",
+        "N 4000": "--num-envs 4 --batch-size 512",
+        "N 2000": "--num-envs 2 --batch-size 512",
+        "N 4000, batch 128": "--num-envs 4 --batch-size 128",
+        "N 4000, repeat 1": "--num-envs 4 --batch-size 512 --action-repeat 1",
     },
 }
 ENVIRONMENTS = (
@@ -54,7 +64,7 @@ def interval(returns: list[float]) -> str:
 
 def main(
     env_ids: tuple[str, ...] = ENVIRONMENTS,
-    plot: Literal["convergence", "humanoid"] = "convergence",
+    plot: Literal["convergence", "humanoid", "search"] = "convergence",
     total_timesteps: int = 1_000_000,
     num_seeds: int = 5,
     out: Path = ROOT / "benchmarks/results",
@@ -64,8 +74,9 @@ def main(
     for env_id in env_ids:
         for name, flags in PLOTS[plot].items():
             folder = Path("runs/ppo_cma") / env_id / f"{name}-{plot}" / f"seeds{num_seeds}"
-            run = [sys.executable, str(ROOT / "ppo_cma.py"), "--env-id", env_id, *flags.split()]
-            run += ["--action-repeat", "2", "--exp-name", name, "--run-dir", str(folder)]
+            run = [sys.executable, str(ROOT / "ppo_cma.py"), "--env-id", env_id]
+            run += ["--action-repeat", "2", *flags.split()]
+            run += ["--exp-name", name, "--run-dir", str(folder)]
             run += ["--total-timesteps", str(total_timesteps), "--num-seeds", str(num_seeds)]
             subprocess.run(run, check=True)
             folders.append(folder)

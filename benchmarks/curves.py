@@ -1,10 +1,11 @@
 """Learning curves of run folders: a panel per environment, a line per experiment, over seeds.
 
     python benchmarks/curves.py runs/ppo_continuous/HalfCheetah-v4/ppo/seed1-3 ...
+    python benchmarks/curves.py runs/defaults/check-10/Hopper-v4 ... --name defaults
 
-Lines are the mean over seeds, bands their range. The data lie beside the picture, as JSON. What is
-there already stays in the picture, but for a new run of the same environment and experiment, which
-replaces it; without new runs the picture is drawn again.
+Lines are the mean over seeds, bands their range, called by the experiment's name or --name. The
+data lie beside the picture, as JSON. What is there already stays in the picture, but for a new run
+of the same environment and name, which replaces it; without new runs the picture is drawn again.
 """
 
 import json
@@ -40,14 +41,14 @@ def curve(folder: Path, tag: str = RETURN, points: int = 200) -> tuple[np.ndarra
     return grid, np.array(means)
 
 
-def line_of(folder: Path, tag: str = RETURN) -> dict:
+def line_of(folder: Path, tag: str = RETURN, name: str = "") -> dict:
     """Returns a run folder's line, with what a reader needs to know of it."""
     result = json.loads((folder / "result.json").read_text())
     del result["args"]["run_dir"]  # of this machine
     curves = [curve(seed, tag) for seed in sorted(folder.glob("seed*")) or [folder]]
-    line = {"name": f"{result['env_id']} {result['args']['exp_name']}"}
-    for name in ("env_id", "args", "seeds", "episodic_return", "versions", "device"):
-        line[name] = result[name]
+    line = {"name": f"{result['env_id']} {name or result['args']['exp_name']}"}
+    for key in ("env_id", "args", "seeds", "episodic_return", "versions", "device"):
+        line[key] = result[key]
     line["steps"] = curves[0][0].tolist()
     line["returns"] = np.stack([y for _, y in curves]).round(2).tolist()
     return line
@@ -80,11 +81,13 @@ def draw(lines: list[dict], out: Path) -> None:
 def main(
     folders: tyro.conf.Positional[tuple[Path, ...]] = (),
     out: Path = Path("benchmarks/results/curves.png"),
+    name: str = "",
 ) -> None:
     """Adds run folders to a picture, and draws it."""
     path = out.with_suffix(".json")
     before = json.loads(path.read_text()) if path.exists() else []
-    lines = {line["name"]: line for line in [*before, *map(line_of, folders)]}
+    new = [line_of(folder, name=name) for folder in folders]
+    lines = {line["name"]: line for line in [*before, *new]}
     path.write_text(json.dumps(list(lines.values())) + "\n")
     draw(list(lines.values()), out)
 
