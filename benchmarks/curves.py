@@ -88,6 +88,7 @@ def main(
     before = json.loads(path.read_text()) if path.exists() else []
     new = [line_of(folder, name=name) for folder in folders]
     lines = {line["name"]: line for line in [*before, *new]}
+    out.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(list(lines.values())) + "\n")
     draw(list(lines.values()), out)
 
