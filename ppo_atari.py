@@ -1167,7 +1167,8 @@ def update(
 
     key = jax.random.fold_in(learner.key, 2 * learner.iteration + 1)
     shuffle_keys = jax.random.split(key, args.update_epochs)
-    step = partial(epoch_step, batch=batch, rollout=scaled, network=network, args=args)
+    asking = scaled._replace(said=None)  # epochs change the network, and ask it again
+    step = partial(epoch_step, batch=batch, rollout=asking, network=network, args=args)
     epochs = Epochs(learner=learner, stopped=jnp.array(False))
     (learner, _), seen = jax.lax.scan(step, epochs, shuffle_keys)
 
@@ -1239,7 +1240,8 @@ class Environment(NamedTuple):  # S*N environments behind one function
 def make_env(args: Args, env_seeds: list[int], render: bool = False) -> Environment:
     """Returns environments with Discrete actions, one per seed.
 
-    Stops (2) at other actions, at observations that --network cannot take, and as open_env does.
+    Stops (2) at other actions, at observations that --network or --overlap cannot take, and as
+    open_env does.
     """
     if args.obs == "ram" and not is_atari(args.env_id):
         fail(f"--obs ram is for EnvPool's Atari games, not for {args.env_id}: leave it out")
@@ -1255,6 +1257,10 @@ def make_env(args: Args, env_seeds: list[int], render: bool = False) -> Environm
     if frames > 1:
         env = stack_frames(env, frames)
     require_network(env, args)
+    _, first = env.first
+    if args.overlap and jax.tree.leaves(first.obs)[0].shape[1] > 1:
+        # What the policy that acted thinks of an observation's copies is asked after the update
+        fail(f"--overlap knows no copies of observations, and {args.env_id} has them: leave it out")
     return env
 
 

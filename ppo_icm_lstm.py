@@ -1865,7 +1865,8 @@ def update(
 
     key = jax.random.fold_in(learner.key, 2 * learner.iteration + 1)
     shuffle_keys = jax.random.split(key, args.update_epochs)
-    step = partial(epoch_step, batch=batch, rollout=scaled, network=network, args=args)
+    asking = scaled._replace(said=None)  # epochs change the network, and ask it again
+    step = partial(epoch_step, batch=batch, rollout=asking, network=network, args=args)
     epochs = Epochs(learner=learner, stopped=jnp.array(False))
     (learner, _), seen = jax.lax.scan(step, epochs, shuffle_keys)
 

@@ -294,6 +294,7 @@ for name, entry, settings in (
     ("NonTerminal-v0", Counter, {"end": "non-terminal"}),
     ("BothEnds-v0", Counter, {"end": "both"}),
     ("Mirrored-v0", Mirrored, {}),
+    ("MirroredChooser-v0", Mirrored, {"space": spaces.Discrete(2)}),
     ("Fickle-v0", Fickle, {}),
     ("Nested-v0", Nested, {}),
     ("Table-v0", Table, {}),

@@ -331,6 +331,7 @@ BAD = [
     ({"env_id": "scripted:Labels-v0", "frame_stack": 2}, "--frame-stack"),
     ({"env_id": "Brekout-v5"}, "nearest: Breakout-v5"),
     ({"env_id": "gymnax/Breakout-MinAtar", "overlap": True}, "--overlap is for environments on"),
+    ({"env_id": "scripted:MirroredChooser-v0", "overlap": True}, "--overlap knows no copies"),
 ]
 
 
@@ -395,6 +396,27 @@ def test_what_was_said_is_what_the_network_says(atari):
         assert mine.shape[:3] == (6, 2, 1)
         assert np.ptp(again) > 0
         np.testing.assert_allclose(mine, again, rtol=1e-4, atol=1e-5)
+
+
+def test_epochs_ask_again(atari):
+    """Updates are the same without what the rollout kept, also where advantages are recomputed."""
+    small = {"num_envs": 2, "num_steps": 16, "num_minibatches": 2, "learning_rate": 0.01}
+    args = atari.Args(env_id="CartPole-v1", recompute_advantages=True, **small)
+    run = atari.make_run(args, atari.seeds_of_envs(args))
+    KEPT.append(run)
+    _, transition = run.act(run.runner, run.learner._replace(opt_state=None))
+    learner, rollout = jax.tree.map(lambda x: x[0], (run.learner, transition))
+    update = jax.jit(partial(atari.update, network=run.network, args=args))
+    once = jax.jit(
+        partial(atari.update, network=run.network, args=replace(args, recompute_advantages=False))
+    )
+    kept, _ = update(learner, rollout)
+    anew, _ = update(learner, rollout._replace(said=None))
+    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, kept.params, anew.params)
+    other, _ = once(learner, rollout)
+    change = jax.tree.map(lambda x, y: np.abs(x - y).max(), kept.params, other.params)
+    assert max(jax.tree.leaves(change)) > 1e-3
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -564,6 +586,7 @@ MUTANTS = [
     (test_lives_are_ends_for_learning_only, 'and args.mode == "train"', ""),
     (test_ram, "[old[:, 1:], x[:, None]]", "[x[:, None], old[:, 1:]]"),
     (test_frames_are_stacked_within_an_episode, "repeated(x), moved)", "moved, moved)"),
+    (test_epochs_ask_again, "scaled._replace(said=None)", "scaled"),
     (
         test_overlapped_policies_are_one_update_older,
         "runner, with_fresh_noise(learner),",
