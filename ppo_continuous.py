@@ -41,11 +41,12 @@ The defaults are one setting for all of continuous control, from a sweep (benchm
     advantages normalised                no            minibatch   -
     value clipping                       no            yes         -
     weight of the value loss             0.25          0.5         separate networks
+    critic's hidden layers               128, 128      64, 64      64, 64
     first standard deviation             0.61          1           -
     step size                            annealed      annealed    constant
 
 CleanRL's settings: --num-envs 1 --num-steps 2048 --num-minibatches 32 --no-recompute-advantages
---norm-adv --clip-vloss --vf-coef 0.5 --log-std-init 0 --no-scale-actions
+--norm-adv --clip-vloss --vf-coef 0.5 --critic-sizes 64 64 --log-std-init 0 --no-scale-actions
 """
 
 import ast
@@ -214,7 +215,7 @@ class Args:
     # Network
     hidden_sizes: tuple[int, ...] = (64, 64)
     """widths of the hidden layers"""
-    critic_sizes: tuple[int, ...] = (64, 64)
+    critic_sizes: tuple[int, ...] = (128, 128)
     """widths of the critic's hidden layers"""
     activation: Literal["tanh", "relu", "elu", "silu"] = "tanh"
     """nonlinearity of the hidden layers"""

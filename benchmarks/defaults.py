@@ -60,14 +60,14 @@ class Config(NamedTuple):
 
 CLEANRL = (
     "--num-envs 1 --num-steps 2048 --num-minibatches 32 --no-recompute-advantages --norm-adv"
-    " --clip-vloss --vf-coef 0.5 --log-std-init 0"
+    " --clip-vloss --vf-coef 0.5 --critic-sizes 64 64 --log-std-init 0"
 )
 TIANSHOU = (
     "--num-envs 64 --num-steps 32 --num-minibatches 32 --recompute-advantages --no-norm-adv"
-    " --no-clip-vloss --vf-coef 0.25 --log-std-init -0.5"
+    " --no-clip-vloss --vf-coef 0.25 --critic-sizes 64 64 --log-std-init -0.5"
 )
 M16 = f"{TIANSHOU} --num-minibatches 16"
-DEFAULT = f"{TIANSHOU} --num-envs 32 --num-steps 64 --num-minibatches 16"
+DEFAULT = f"{TIANSHOU} --num-envs 32 --num-steps 64 --num-minibatches 16 --critic-sizes 128 128"
 WIDE = f"{DEFAULT} --critic-sizes 256 256"
 DENSE = 'nn.Dense(size, dtype=dtype, kernel_init=init, name=f"{name}_{i}")(x)'
 NORM = f'nn.LayerNorm(name=f"{{name}}_norm_{{i}}")({DENSE})'
@@ -83,7 +83,7 @@ CONFIGS = {
     "m16, gamma 0.995": Config(f"{M16} --gamma 0.995"),
     "m16, 16 x 128": Config(f"{M16} --num-envs 16 --num-steps 128"),
     "default": Config(DEFAULT),
-    "default, critic 128": Config(f"{DEFAULT} --critic-sizes 128 128"),
+    "default, critic 64": Config(f"{DEFAULT} --critic-sizes 64 64"),
     "default, critic 256": Config(WIDE),
     "critic 256, m32": Config(f"{WIDE} --num-minibatches 32"),
     "critic 256, gamma 0.995": Config(f"{WIDE} --gamma 0.995"),
