@@ -2442,9 +2442,10 @@ def overlapped(act: Callable, improve: Callable, args: Args) -> Callable:
     ahead = []  # the runner and the rollout that were collected beside the last update
 
     def advance(learner: LearnerState, runner: RunnerState, count: int, seconds: dict) -> Iteration:
-        if not ahead:
-            ahead.append(act(runner, learner, seconds))
-        runner, transition = ahead.pop()
+        if ahead:
+            runner, transition = ahead.pop()
+        else:
+            runner, transition = act(runner, learner, seconds)
         collecting = None
         if learner.iteration[0] + 1 < args.num_iterations:
             collecting = worker.submit(act, runner, with_fresh_noise(learner), seconds)
