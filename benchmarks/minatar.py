@@ -7,8 +7,7 @@
 where CHECKOUT is github.com/luchris429/purejaxrl's folder purejaxrl, run with the settings of its
 notebook on MinAtar, and that Python has what it needs. Seeds run side by side in one process. A
 score is the mean return of the episodes that ended in the last 1 % of the steps (theirs), of the
-last 100 training episodes (ours), whose networks compute in float32 and, once more, in bfloat16.
-Writes benchmarks/results/minatar.json and minatar.png.
+last 100 training episodes (ours). Writes benchmarks/results/minatar.json and minatar.png.
 """
 
 import json
@@ -22,11 +21,15 @@ from curves import draw, line_of
 from speed_atari import CONFIG, ROOT
 
 GAMES = ("Breakout", "Asterix", "Freeway", "SpaceInvaders")
-DTYPES = ("float32", "bfloat16")
 FLAGS = (
     "--num-envs 64 --num-steps 128 --num-minibatches 8 --learning-rate 2.5e-3 --clip-coef 0.2"
     " --log-interval 10 --checkpoint-interval 50"
 )
+VARIANTS = {  # of ours
+    "ours": "--ent-coef 0.03",
+    "bfloat16": "--ent-coef 0.03 --dtype bfloat16",
+    "PureJaxRL's entropy bonus": "--ent-coef 0.01",
+}
 PUREJAXRL = """
 import json, sys, jax, numpy as np
 sys.path.insert(0, sys.argv[1])
@@ -42,12 +45,12 @@ print(json.dumps((total / ended[:, -last:].reshape(len(ended), -1).sum(axis=1)).
 """
 
 
-def ours(game: str, dtype: str, num_seeds: int, steps: int) -> dict:
+def ours(game: str, variant: str, num_seeds: int, steps: int) -> dict:
     """Returns the line of a run of ours, as curves.py has it."""
-    folder = ROOT / "runs/minatar" / f"{game}-{dtype}"
+    folder = ROOT / "runs/minatar" / f"{game}, {variant}"
     settings = ["--env-id", f"gymnax/{game}-MinAtar", "--num-seeds", str(num_seeds)]
-    settings += ["--total-timesteps", str(steps), "--dtype", dtype, "--exp-name", dtype]
-    settings += ["--run-dir", str(folder), *FLAGS.split()]
+    settings += ["--total-timesteps", str(steps), "--exp-name", variant]
+    settings += ["--run-dir", str(folder), *FLAGS.split(), *VARIANTS[variant].split()]
     line = [sys.executable, str(ROOT / "ppo_atari.py"), *settings]
     subprocess.run(line, check=True, stderr=subprocess.DEVNULL)
     return line_of(folder, "charts/episodic_return_100")  # Freeway's episodes all end at once
@@ -63,7 +66,7 @@ def theirs(python: str, checkout: Path, game: str, num_seeds: int, steps: int) -
 
 def main(
     games: tuple[str, ...] = GAMES,
-    dtypes: tuple[str, ...] = DTYPES,
+    variants: tuple[str, ...] = ("ours", "bfloat16"),
     num_seeds: int = 5,
     total_timesteps: int = 10_000_000,
     purejaxrl: Path | None = None,
@@ -74,19 +77,19 @@ def main(
     found = json.loads(path.read_text()) if path.exists() else {}
     for game in games:
         entry = found.setdefault(game, {})
-        for dtype in dtypes:
-            if dtype not in entry:
-                entry[dtype] = ours(game, dtype, num_seeds, total_timesteps)
+        for variant in variants:
+            if variant not in entry:
+                entry[variant] = ours(game, variant, num_seeds, total_timesteps)
         if purejaxrl is not None and "PureJaxRL" not in entry:
             arguments = (peer_python, purejaxrl, game, num_seeds, total_timesteps)
             entry["PureJaxRL"] = theirs(*arguments)
         path.write_text(json.dumps(found) + "\n")
-        scores = {x: entry[x]["episodic_return"] for x in DTYPES if x in entry}
+        scores = {x: entry[x]["episodic_return"] for x in VARIANTS if x in entry}
         if "PureJaxRL" in entry:
             scores["PureJaxRL"] = entry["PureJaxRL"]
         for name, values in scores.items():
             print(f"{game}, {name}: {np.mean(values):.1f} +- {np.std(values):.1f}", flush=True)
-    lines = [entry[dtype] for entry in found.values() for dtype in DTYPES if dtype in entry]
+    lines = [entry[x] for entry in found.values() for x in VARIANTS if x in entry]
     draw(lines, path.with_suffix(".png"))
 
 
