@@ -1,7 +1,7 @@
 """MinAtar at 10M steps: ppo_atari.py against PureJaxRL's ppo.py, on the same games and seeds.
 
     python benchmarks/minatar.py  # ours; goes on where it was
-    python benchmarks/minatar.py --games Breakout --num-seeds 2 --total-timesteps 1000000
+    python benchmarks/minatar.py --games Breakout --variants bfloat16
     python benchmarks/minatar.py --purejaxrl CHECKOUT --peer-python ../peers/bin/python  # theirs
 
 where CHECKOUT is github.com/luchris429/purejaxrl's folder purejaxrl, run with the settings of its
@@ -66,7 +66,7 @@ def theirs(python: str, checkout: Path, game: str, num_seeds: int, steps: int) -
 
 def main(
     games: tuple[str, ...] = GAMES,
-    variants: tuple[str, ...] = ("ours", "bfloat16"),
+    variants: tuple[str, ...] = ("ours",),
     num_seeds: int = 5,
     total_timesteps: int = 10_000_000,
     purejaxrl: Path | None = None,
