@@ -3119,7 +3119,8 @@ def film(args: Args, saved: SavedRun) -> None:
         runner = run.runner
         ended = False
         while not ended and len(frames) < args.eval_steps:
-            frames.append(run.env.render(runner.env_state))
+            frame = run.env.render(runner.env_state)
+            frames.append(frame.copy())  # viewers may draw all into one buffer
             runner, transition = run.act(runner, learner)
             learner = with_fresh_noise(learner)
             ended = bool(transition.ended.any()) or bool(run.env.failures)

@@ -95,6 +95,16 @@ class Narrow(Counter):
         return super().observe(state)[:1]
 
 
+class Painted(Counter):
+    """Draws each step into the same picture, brighter than the one before."""
+
+    picture = np.zeros((64, 64, 3), np.uint8)
+
+    def render(self, state):
+        self.picture[:] = 50 * int(state.time)
+        return self.picture
+
+
 class Choices(Counter):
     """Its actions are a number of choices."""
 

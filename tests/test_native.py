@@ -7,6 +7,7 @@ import sys
 from functools import partial
 
 import flax
+import imageio.v3
 import jax
 import jax.export
 import numpy as np
@@ -47,6 +48,16 @@ def test_ends_resets_and_sums(ppo):
     np.testing.assert_array_equal(t.terminated, t.done * (start[:-1] < 0.5))
     assert 0.2 < t.terminated.sum() / t.done.sum() < 0.8
     assert len(np.unique(start)) == 5 * 11  # no two episodes alike
+
+
+def test_a_film_shows_each_step(tmp_path, run):
+    """Also where an environment draws all of them into the same picture."""
+    flags = ["--env-id", "jax:jax_tasks:Painted", "--run-dir", "a"]
+    run("ppo_continuous", *flags)
+    run("ppo_continuous", *flags, "--mode", "eval", "--eval-episodes", 1, "--video")
+    (film,) = (tmp_path / "a/videos").glob("*.mp4")
+    brightness = imageio.v3.imread(film).mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(brightness, [0, 50, 100], atol=5)
 
 
 def test_whole_number_actions_and_observations_in_parts(ppo):
