@@ -371,6 +371,33 @@ class LearnerState(NamedTuple):  # what a checkpoint holds
 
 
 # --- Networks ---
+@jax.custom_vjp
+def product(x: Array, kernel: Array) -> Array:
+    """Returns x [..., I] @ kernel [I, O]: [..., O].
+
+    Its gradient is the usual one. JAX's own comes transposed where seeds are vmapped, and to turn
+    it round takes a CPU a sixth of the time of an update.
+    """
+    return x @ kernel
+
+
+def product_forward(x: Array, kernel: Array) -> tuple[Array, tuple]:
+    """Returns what product returns, and what its gradient needs."""
+    return x @ kernel, (x, kernel)
+
+
+def product_backward(kept: tuple, gradient: Array) -> tuple[Array, Array]:
+    """Returns the gradients of product's arguments."""
+    x, kernel = kept
+    rows = x.reshape(-1, x.shape[-1])
+    gradient = gradient.reshape(-1, gradient.shape[-1])
+    of_rows = jnp.einsum("bo,io->bi", gradient, kernel)
+    return of_rows.reshape(x.shape), jnp.einsum("bi,bo->io", rows, gradient)
+
+
+product.defvjp(product_forward, product_backward)
+
+
 def unit_columns(key: Array, shape: tuple[int, int], dtype: Any) -> Array:
     """Returns random weights [in, out], those of each output with norm 1."""
     weights = jax.random.normal(key, shape, dtype)
@@ -387,7 +414,7 @@ class Dense(nn.Module):
         """Returns [B, size] for [B, in]."""
         kernel = self.param("kernel", unit_columns, (x.shape[-1], self.size), jnp.float32)
         bias = self.param("bias", lambda key: -jnp.mean(x @ kernel, axis=0))
-        return x @ kernel + bias
+        return product(x, kernel) + bias
 
 
 class MLP(nn.Module):

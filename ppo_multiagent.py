@@ -496,6 +496,44 @@ class LearnerState(NamedTuple):  # what a checkpoint holds
 
 
 # --- Networks ---
+@jax.custom_vjp
+def product(x: Array, kernel: Array) -> Array:
+    """Returns x [..., I] @ kernel [I, O]: [..., O].
+
+    Its gradient is the usual one. JAX's own comes transposed where seeds are vmapped, and to turn
+    it round takes a CPU a sixth of the time of an update.
+    """
+    return x @ kernel
+
+
+def product_forward(x: Array, kernel: Array) -> tuple[Array, tuple]:
+    """Returns what product returns, and what its gradient needs."""
+    return x @ kernel, (x, kernel)
+
+
+def product_backward(kept: tuple, gradient: Array) -> tuple[Array, Array]:
+    """Returns the gradients of product's arguments."""
+    x, kernel = kept
+    rows = x.reshape(-1, x.shape[-1])
+    gradient = gradient.reshape(-1, gradient.shape[-1])
+    of_rows = jnp.einsum("bo,io->bi", gradient, kernel)
+    return of_rows.reshape(x.shape), jnp.einsum("bi,bo->io", rows, gradient)
+
+
+product.defvjp(product_forward, product_backward)
+
+
+def multiply(x: Array, kernel: Array, axes: tuple, precision: Any) -> Array:
+    """Returns their product; a dense layer's axes are always those."""
+    return product(x, kernel)
+
+
+class Dense(nn.Dense):
+    """Flax's dense layer, with that product."""
+
+    dot_general: Callable = multiply
+
+
 def mlp(
     obs: Any,
     sizes: tuple[int, ...],
@@ -519,9 +557,9 @@ def mlp(
     activation = getattr(nn, args.activation)
     for i, size in enumerate(sizes):
         init = kernel_init(2**0.5, args)
-        x = activation(nn.Dense(size, dtype=dtype, kernel_init=init, name=f"{name}_{i}")(x))
+        x = activation(Dense(size, dtype=dtype, kernel_init=init, name=f"{name}_{i}")(x))
     last = f"{name}_{len(sizes)}"
-    return nn.Dense(out_size, kernel_init=kernel_init(out_gain, args), name=last)(x)
+    return Dense(out_size, kernel_init=kernel_init(out_gain, args), name=last)(x)
 
 
 def kernel_init(gain: float, args: Args) -> nn.initializers.Initializer:
@@ -583,7 +621,7 @@ class Memory(nn.Module):
         if self.args.recurrence == "lstm":
             first_biases = partial(lstm_biases, forget=self.args.forget_bias)
         # All steps' inputs at once: only the product with memory must wait for the step before
-        from_input = nn.Dense(gates, kernel_init=init, bias_init=first_biases, name="input")(x)
+        from_input = Dense(gates, kernel_init=init, bias_init=first_biases, name="input")(x)
         kernel = self.param("recurrent", init, (size, gates), jnp.float32)
         cell = lstm_cell
         bias = jnp.zeros(gates, kernel.dtype)  # an LSTM's gates have that of the inputs only
@@ -604,7 +642,7 @@ class RecurrentWeights(NamedTuple):  # of the product with memory
 
 def from_memory(weights: RecurrentWeights, hidden: Array) -> Array:
     """Returns what the memory adds to the gates, [..., 4 H] or [..., 3 H]."""
-    return hidden @ weights.kernel + weights.bias
+    return product(hidden, weights.kernel) + weights.bias
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -773,7 +811,7 @@ class Networks(nn.Module):
         args = self.args
         flat = [x.reshape(len(x), -1) for x in jax.tree.leaves(obs)]
         init = kernel_init(2**0.5, args)
-        into = nn.Dense(args.memory_size, kernel_init=init, name=f"{name}_into_memory")
+        into = Dense(args.memory_size, kernel_init=init, name=f"{name}_into_memory")
         x = getattr(nn, args.activation)(into(jnp.concatenate(flat, axis=-1)))
         x = x.reshape(*seen.mask.shape, -1)
         x, memory = Memory(args, name=f"{name}_memory")(x, seen)

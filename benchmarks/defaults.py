@@ -69,7 +69,7 @@ TIANSHOU = (
 M16 = f"{TIANSHOU} --num-minibatches 16"
 DEFAULT = f"{TIANSHOU} --num-envs 32 --num-steps 64 --num-minibatches 16 --critic-sizes 128 128"
 WIDE = f"{DEFAULT} --critic-sizes 256 256"
-DENSE = 'nn.Dense(size, dtype=dtype, kernel_init=init, name=f"{name}_{i}")(x)'
+DENSE = 'Dense(size, dtype=dtype, kernel_init=init, name=f"{name}_{i}")(x)'
 NORM = f'nn.LayerNorm(name=f"{{name}}_norm_{{i}}")({DENSE})'
 ADAM = "optax.scale_by_adam(eps=1e-5)"
 CONFIGS = {
