@@ -457,7 +457,7 @@ def product(x: Array, kernel: Array) -> Array:
     """Returns x [..., I] @ kernel [I, O]: [..., O].
 
     Its gradient is the usual one. JAX's own comes transposed where seeds are vmapped, and to turn
-    it round takes a CPU a sixth of the time of an update.
+    it round takes a CPU up to a sixth of an update. Forward-mode derivatives (jvp) need x @ kernel.
     """
     return x @ kernel
 
@@ -480,7 +480,7 @@ product.defvjp(product_forward, product_backward)
 
 
 def multiply(x: Array, kernel: Array, axes: tuple, precision: Any) -> Array:
-    """Returns their product; a dense layer's axes are always those."""
+    """Returns x @ kernel: all that nn.Dense asks a dot_general for."""
     return product(x, kernel)
 
 

@@ -117,6 +117,31 @@ def test_early_stop_freezes_the_learner(ppo):
     assert not np.array_equal(first, jax.tree.leaves(runs["off"][0].params)[0])
 
 
+def test_product_has_the_usual_gradient_and_does_not_turn_it(ppo):
+    """Of several seeds, of sequences, in float64; JAX's own gradient is the one that is turned."""
+    random = np.random.default_rng(0)
+    x, kernel = random.normal(size=(2, 5, 3, 4)), random.normal(size=(2, 4, 6))  # [S, C, L, I]
+    of_product = random.normal(size=(2, 5, 3, 6))
+
+    def gradients(product, x, kernel, of_product):
+        value, back = jax.vjp(product, x, kernel)
+        return value, *back(of_product)
+
+    with jax.enable_x64(True):
+        ours = jax.vmap(partial(gradients, ppo.product))
+        value, of_x, of_kernel = ours(x, kernel, of_product)
+        turns = str(jax.make_jaxpr(ours)(x, kernel, of_product)).count("transpose[")
+        jaxs = jax.vmap(partial(gradients, jnp.matmul))
+        assert str(jax.make_jaxpr(jaxs)(x, kernel, of_product)).count("transpose[") > turns == 0
+    for seed in range(2):
+        rows = x[seed].reshape(15, 4)
+        of_rows = of_product[seed].reshape(15, 6)
+        close = partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12)
+        close(value[seed].reshape(15, 6), rows @ kernel[seed])
+        close(of_x[seed].reshape(15, 4), of_rows @ kernel[seed].T)
+        close(of_kernel[seed], rows.T @ of_rows)
+
+
 def test_random_order(ppo):
     """Every number once, for whatever number of rows, and each as often in every place."""
     for rows in (1, 2, 96, 1000, 4096):
