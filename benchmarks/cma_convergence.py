@@ -1,6 +1,7 @@
 """Learning curves of PPO-CMA-m against PPO, each with the settings of arXiv 1810.02541: two plots.
 
-A third is a small search over the settings for MuJoCo: N, batch, how long a decision is held.
+A third is the rest of a small search over the settings for MuJoCo (N, batch, how long a decision is
+held): it holds what the first one's ppo-cma-m lines do not have.
 
     python benchmarks/cma_convergence.py  # environments, N = 8000, 1M steps: cma_convergence.png
     python benchmarks/cma_convergence.py --plot humanoid --env-ids Humanoid-v4 \\
@@ -36,8 +37,6 @@ PLOTS = {  # N = num_envs x 1000; --action-repeat 2 where no other is said
         "ppo": "--algorithm ppo --num-envs 32 --batch-size 128 --clip-coef 0.0025",
     },
     "search": {
-        "N 8000": "--num-envs 8 --batch-size 512",
-        "N 4000": "--num-envs 4 --batch-size 512",
         "N 2000": "--num-envs 2 --batch-size 512",
         "N 4000, batch 128": "--num-envs 4 --batch-size 128",
         "N 4000, repeat 1": "--num-envs 4 --batch-size 512 --action-repeat 1",
