@@ -158,6 +158,7 @@ def test_a_readonly_run_is_evaluated(open_folder, script):
     before = files(open_folder / "a")
     allow(open_folder / "a", 0o555, 0o444)
     flags = ["--mode", "eval", "--run-dir", "a", "--eval-episodes", "1", "--video"]
+    flags += ["--eval-steps", "100"]
     done = as_somebody_else(open_folder, script, flags)
     assert done.returncode == 0, done.stderr
     assert "over 1 episodes" in done.stdout
