@@ -105,6 +105,7 @@ CONFIGS = {
     "default, lr 5e-4": Config(f"{DEFAULT} --learning-rate 5e-4"),
     "default, norm-adv": Config(f"{DEFAULT} --norm-adv"),
     "default, std 1": Config(f"{DEFAULT} --log-std-init 0"),
+    "default, std 0.37": Config(f"{DEFAULT} --log-std-init -1"),
     "default, advantages once": Config(f"{DEFAULT} --no-recompute-advantages"),
     "default, clip-vloss": Config(f"{DEFAULT} --clip-vloss"),
     "default, vf 0.5": Config(f"{DEFAULT} --vf-coef 0.5"),
