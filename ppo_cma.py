@@ -15,7 +15,7 @@
 """PPO-CMA-m, PPO-CMA and PPO for bounded continuous (Box) actions, as published. One file.
 
     python ppo_cma.py --env-id MountainCarContinuous-v0 --seed 1  # the same command again resumes
-    python ppo_cma.py --env-id Hopper-v4 --action-repeat 2 --num-envs 8 --batch-size 512  # N = 8000
+    python ppo_cma.py --env-id Hopper-v4 --action-repeat 1 --batch-size 512  # MuJoCo
     python ppo_cma.py --env-id MountainCarContinuous-v0 --seed 1 --mode eval --video
 
 PPO-CMA: Hämäläinen et al., arXiv 1810.02541, and the authors' code. GAE: 1506.02438.
