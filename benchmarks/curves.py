@@ -67,7 +67,8 @@ def draw(lines: list[dict], out: Path) -> None:
     for line in lines:
         axis = panels[line["env_id"]]
         returns = np.array(line["returns"])
-        label = f"{line['name'].removeprefix(line['env_id'] + ' ')}, {len(returns)} seeds"
+        seeds = "1 seed" if len(returns) == 1 else f"{len(returns)} seeds"
+        label = f"{line['name'].removeprefix(line['env_id'] + ' ')}, {seeds}"
         (drawn,) = axis.plot(line["steps"], returns.mean(axis=0), label=label)
         band = (returns.min(axis=0), returns.max(axis=0))
         axis.fill_between(line["steps"], *band, color=drawn.get_color(), alpha=0.2)
