@@ -211,6 +211,9 @@ def check_defaults(num_seeds: int, tasks: tuple[str, ...]) -> None:
         played = found[task]["eval_return"]
         means = [f"{np.mean(x):.1f} +- {np.std(x):.1f}" for x in (trained, played)]
         print(f"{task}: training {means[0]}, played {means[1]}", flush=True)
+    if TUNING.keys() <= found.keys():
+        middle, low, high = iqm(normalised({x: found[x]["episodic_return"] for x in TUNING}))
+        print(f"training, tasks of the sweep: IQM {middle:.3f} [{low:.3f}, {high:.3f}]")
     if TIANSHOU_10.keys() <= found.keys():
         ratios = np.array([over_tianshou(task, found) for task in TIANSHOU_10])
         means = f"mean {np.mean(ratios):.2f}, geometric {np.exp(np.mean(np.log(ratios))):.2f}"
