@@ -107,7 +107,6 @@ CONFIGS = {
     "default, std 1": Config(f"{DEFAULT} --log-std-init 0"),
     "default, std 0.37": Config(f"{DEFAULT} --log-std-init -1"),
     "default, std 0.47": Config(f"{DEFAULT} --log-std-init -0.75"),
-    "default, std 0.22": Config(f"{DEFAULT} --log-std-init -1.5"),
     "default, advantages once": Config(f"{DEFAULT} --no-recompute-advantages"),
     "default, clip-vloss": Config(f"{DEFAULT} --clip-vloss"),
     "default, vf 0.5": Config(f"{DEFAULT} --vf-coef 0.5"),
