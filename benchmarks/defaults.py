@@ -105,8 +105,8 @@ CONFIGS = {
     "default, lr 5e-4": Config(f"{DEFAULT} --learning-rate 5e-4"),
     "default, norm-adv": Config(f"{DEFAULT} --norm-adv"),
     "default, std 1": Config(f"{DEFAULT} --log-std-init 0"),
-    "default, std 0.37": Config(f"{DEFAULT} --log-std-init -1"),
     "default, std 0.47": Config(f"{DEFAULT} --log-std-init -0.75"),
+    "default, std 0.37": Config(f"{DEFAULT} --log-std-init -1"),
     "default, advantages once": Config(f"{DEFAULT} --no-recompute-advantages"),
     "default, clip-vloss": Config(f"{DEFAULT} --clip-vloss"),
     "default, vf 0.5": Config(f"{DEFAULT} --vf-coef 0.5"),
@@ -173,7 +173,7 @@ def report(found: dict) -> None:
         middle, low, high = iqm(scores)
         whole[name]["iqm"] = [middle, low, high]
         tasks = " ".join(f"{x:.2f}" for x in scores.mean(axis=1))
-        print(f"{name:20s} IQM {middle:.3f} [{low:.3f}, {high:.3f}]  tasks: {tasks}")
+        print(f"{name:26s} IQM {middle:.3f} [{low:.3f}, {high:.3f}]  tasks: {tasks}")
 
 
 def sweep(num_seeds: int, configs: tuple[str, ...], tasks: tuple[str, ...]) -> None:

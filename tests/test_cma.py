@@ -377,8 +377,8 @@ def test_full_covariance_follows_a_rotated_valley():
     from cma_didactic import optimize, valley
 
     small = {"hidden_sizes": (32, 32), "init_updates": 1000}
-    full = optimize(valley, "ppo-cma-m", 12, covariance="full", **small)
-    diagonal = optimize(valley, "ppo-cma-m", 12, **small)
+    full = optimize(valley, "ppo-cma-m", 16, covariance="full", **small)
+    diagonal = optimize(valley, "ppo-cma-m", 16, **small)
     cost = {
         name: -valley(run["action"][-1]).mean()
         for name, run in (("full", full), ("diagonal", diagonal))
