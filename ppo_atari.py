@@ -156,9 +156,9 @@ class Args:
     protocol: Literal["openai", "machado"] = "openai"
     """published switches: the next five flags, which may then still be given"""
     episodic_life: bool = True
-    """a lost life is an end for learning (not for scores, not in eval mode)"""
+    """a lost life is an end for learning, not for scores"""
     fire_reset: bool = True
-    """press FIRE where a game waits for it"""
+    """press FIRE where a game waits for it: as it begins and, with episodic_life, at each life"""
     noop_max: int = 30
     """most no-ops that an episode begins with"""
     sticky_actions: float = 0.0
@@ -1391,7 +1391,7 @@ def envpool_settings(args: Args) -> dict:
     settings = {}
     if is_atari(args.env_id):
         settings = {
-            "episodic_life": args.episodic_life and args.mode == "train",
+            "episodic_life": args.episodic_life,  # in eval mode too: its reset presses FIRE
             "use_fire_reset": args.fire_reset,
             "noop_max": args.noop_max,
             "repeat_action_probability": args.sticky_actions,

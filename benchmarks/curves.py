@@ -24,14 +24,17 @@ from matplotlib.ticker import EngFormatter
 RETURN = "charts/episodic_return"  # of the episodes that ended in the logged iterations
 
 
-def curve(folder: Path, tag: str = RETURN, points: int = 200) -> tuple[np.ndarray, np.ndarray]:
-    """Returns steps [points] and returns [points] of one seed, each the mean over 4 % of steps."""
+def read(folder: Path, tag: str = RETURN) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the steps and values of a scalar of one seed."""
     reader = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     if tag not in reader.Tags()["scalars"]:
         sys.exit(f"{folder}: no episode has ended yet, train longer")
     events = reader.Scalars(tag)
-    x = np.array([event.step for event in events])
-    y = np.array([event.value for event in events])
+    return np.array([event.step for event in events]), np.array([event.value for event in events])
+
+
+def smooth(x: np.ndarray, y: np.ndarray, points: int = 200) -> tuple[np.ndarray, np.ndarray]:
+    """Returns x and y at `points` places, each y the mean over 4 % of the steps."""
     grid = np.linspace(x[0], x[-1], points)
     means = []
     for point in grid:
@@ -45,7 +48,7 @@ def line_of(folder: Path, tag: str = RETURN, name: str = "") -> dict:
     """Returns a run folder's line, with what a reader needs to know of it."""
     result = json.loads((folder / "result.json").read_text())
     del result["args"]["run_dir"]  # of this machine
-    curves = [curve(seed, tag) for seed in sorted(folder.glob("seed*")) or [folder]]
+    curves = [smooth(*read(seed, tag)) for seed in sorted(folder.glob("seed*")) or [folder]]
     line = {"name": f"{result['env_id']} {name or result['args']['exp_name']}"}
     for key in ("env_id", "args", "seeds", "episodic_return", "versions", "device"):
         line[key] = result[key]

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import tyro
-from curves import curve, draw, line_of
+from curves import draw, line_of, read, smooth
 from speed import ROOT
 
 
@@ -114,7 +114,7 @@ def steps_to(folder: Path, score: float) -> list[int | None]:
     """Returns each seed's steps until its smoothed training return reaches a score."""
     found = []
     for seed in sorted(folder.glob("seed*")) or [folder]:
-        steps, returns = curve(seed)
+        steps, returns = smooth(*read(seed))
         reached = steps[returns >= score]
         found.append(int(reached[0]) if len(reached) else None)
     return found
