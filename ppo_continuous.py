@@ -1935,6 +1935,7 @@ def init_learners(observation_space: spaces.Space, network: nn.Module, args: Arg
     """Returns new learners, one per seed, each as a lone run's: [S, ...]."""
     obs = encode_obs(empty_obs(observation_space), observation_space)
     init = partial(init_learner, obs=obs, network=network, args=args)
+    # One by one: jaxlib 0.10 can lock up where two batches of matrices are decomposed at once
     return jax.lax.map(init, jnp.arange(args.num_seeds, dtype=jnp.uint32) + args.seed)
 
 

@@ -11,6 +11,7 @@ last 100 training episodes (ours). Writes benchmarks/results/minatar.json and mi
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -60,7 +61,9 @@ def theirs(python: str, checkout: Path, game: str, num_seeds: int, steps: int) -
     """Returns PureJaxRL's scores of seeds."""
     config = CONFIG | {"ENV_NAME": f"{game}-MinAtar", "TOTAL_TIMESTEPS": steps}
     line = [python, "-c", PUREJAXRL, str(checkout), json.dumps(config), str(num_seeds)]
-    out = subprocess.run(line, check=True, capture_output=True, text=True).stdout
+    core = min(os.sched_getaffinity(0))  # on two, jaxlib 0.10 locks up in several seeds' weights
+    given = {"check": True, "stdout": subprocess.PIPE, "text": True}
+    out = subprocess.run(line, preexec_fn=lambda: os.sched_setaffinity(0, {core}), **given).stdout
     return json.loads(out.splitlines()[-1])
 
 
