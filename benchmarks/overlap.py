@@ -3,8 +3,9 @@
     python benchmarks/overlap.py
     python benchmarks/overlap.py --flags="--env-id Pong-v5 --num-envs 64 --act-on cpu"  # on a GPU
 
-One run after the other, seeds side by side in one process. A return is the mean of the last 100 training episodes, over seeds; times begin at
-pressing return. Writes benchmarks/results/overlap.json.
+One run after the other, seeds side by side in one process. A return is the mean of the last 100
+training episodes, over seeds; times begin at pressing return. Writes
+benchmarks/results/overlap.json.
 """
 
 import json
