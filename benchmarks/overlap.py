@@ -58,8 +58,9 @@ def main(flags: str = FLAGS, num_seeds: int = 3, total_timesteps: int = 1_000_00
     path = ROOT / "benchmarks/results/overlap.json"
     path.write_text(json.dumps({"flags": flags, "num_seeds": num_seeds} | lines) + "\n")
     for axis in ("steps", "seconds"):
+        begin = max(line[axis][0] for line in lines.values())
         end = min(line[axis][-1] for line in lines.values())
-        for point in np.linspace(0, end, 6)[1:]:
+        for point in np.linspace(begin, end, 6):
             found = [np.interp(point, line[axis], line["returns"]) for line in lines.values()]
             said = ", ".join(f"{name} {x:.1f}" for name, x in zip(lines, found, strict=True))
             print(f"after {point:.0f} {axis}: {said}")
