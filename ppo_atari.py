@@ -1138,6 +1138,20 @@ def make_batch(learner: LearnerState, rollout: Transition, network: nn.Module, a
     )
 
 
+def correct_for_age(learner: LearnerState, rollout: Transition, network: nn.Module) -> Transition:
+    """Returns an older policy's normalised rollout as the learner's policy would weigh it.
+
+    The network is asked anew, so that clip ranges lie around its own policy and values; the mask
+    weighs each step by how much likelier its action is now, pi(a|s) / pi_older(a|s).
+    Source: the decoupled objective of Hilton et al. 2021, arXiv 2110.00641.
+    """
+    older_policy, _ = rollout.said
+    found = apply_to_rollout(learner, rollout._replace(said=None), network)
+    policy, value = jax.tree.map(lambda x: x[:-1, :, 0], found)
+    weight = jnp.exp(log_prob(policy, rollout.action) - log_prob(older_policy, rollout.action))
+    return rollout._replace(said=(policy, value), mask=rollout.mask * weight)
+
+
 def anneal(learner: LearnerState, args: Args) -> Schedule:
     """Returns this iteration's schedule: what is annealed goes linearly to 0 over the run."""
 
@@ -1198,6 +1212,8 @@ def update(
     scale = return_stats._replace(mean=jnp.zeros_like(return_stats.mean))
     reward = normalize(rollout.reward, scale, args.clip_reward)
     scaled = rollout._replace(obs=obs, reward=reward)
+    if args.overlap:
+        scaled = correct_for_age(learner, scaled, network)
 
     given = learner.schedule
     learner = learner._replace(schedule=anneal(learner, args))
@@ -2473,9 +2489,8 @@ def compile_update(run: Run, mesh: Mesh, args: Args) -> tuple[Callable, RunnerSt
 def overlapped(act: Callable, improve: Callable, args: Args) -> Callable:
     """Returns an `advance` that collects the next rollout while the update computes.
 
-    All rollouts but the first are by the policy that was there before the update beside them. The
-    loss compares with what that policy said, so its ratios stay true; advantages begin with its
-    values.
+    All rollouts but the first are by the policy that was there before the update beside them:
+    correct_for_age tells the loss.
     """
     worker = ThreadPoolExecutor(max_workers=1)
     ahead = []  # the runner and the rollout that were collected beside the last update

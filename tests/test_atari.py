@@ -472,6 +472,42 @@ def test_overlapped_policies_are_one_update_older(atari):
     np.testing.assert_array_equal(learner.episodes, learners[-1].episodes)
 
 
+def test_older_policies_are_corrected_for(atari):
+    """Steps weigh by how much likelier their actions have become, and the rest is asked anew."""
+    small = {"num_envs": 4, "num_steps": 32, "num_minibatches": 2, "learning_rate": 0.01}
+    args = atari.Args(env_id="CartPole-v1", overlap=True, norm_obs=False, **small)
+    run = atari.make_run(args, atari.seeds_of_envs(args))
+    KEPT.append(run)
+    _, transition = run.act(run.runner, run.learner._replace(opt_state=None))
+    older, rollout = jax.tree.map(lambda x: x[0], (run.learner, transition))
+    update = jax.jit(partial(atari.update, network=run.network, args=args))
+    learner, _ = update(older, rollout)
+    found = atari.correct_for_age(learner, rollout, run.network)
+
+    weight = np.zeros((32, 4))
+    value = np.zeros((32, 4))
+    for t in range(32):
+        before, _ = run.network.apply(older.params, rollout.obs[t, :, 0])
+        now, value[t] = run.network.apply(learner.params, rollout.obs[t, :, 0])
+        for n in range(4):
+            action = rollout.action[t, n]
+            likelier = softmax(now.logits[n])[action] / softmax(before.logits[n])[action]
+            weight[t, n] = likelier * rollout.mask[t, n]
+    assert np.min(rollout.mask) == 0
+    assert np.ptp(weight[rollout.mask > 0]) > 0.1
+    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    close(found.mask, weight)
+    close(found.said[1], value)
+    own = atari.correct_for_age(older, rollout, run.network)
+    close(own.mask, rollout.mask)
+    jax.tree.map(close, own.said, rollout.said)
+
+    plain = partial(atari.update, network=run.network, args=replace(args, overlap=False))
+    by_hand, _ = jax.jit(plain)(learner, found)
+    corrected, _ = update(learner, rollout)
+    jax.tree.map(close, corrected.params, by_hand.params)
+
+
 def test_overlapped_rollouts_run_beside_the_update(atari):
     """Each waits for the other, but the first rollout and the last update, which are alone."""
     args = atari.Args(num_envs=1, num_steps=1, num_minibatches=1, total_timesteps=3, overlap=True)
@@ -579,14 +615,21 @@ MUTANTS = [
         "new_log_probs - old_log_probs",
     ),
     (test_sampled_choices_have_their_probabilities, "random.gumbel(", "random.normal("),
-    (test_conv_is_the_librarys, "out += row @ kernel[i]", "out += row @ kernel[0]"),
+    (test_conv_is_the_librarys, "product(row, kernel[i]", "product(row, kernel[0]"),
     (test_conv_is_the_librarys, "transpose(0, 2, 1, 3, 4, 5)", "transpose(2, 0, 1, 3, 4, 5)"),
     (test_lives_are_ends_for_learning_only, 'truncated | (info["terminated"] > 0)', "None"),
     (test_lives_are_ends_for_learning_only, "episode.length + mask)", "episode.length + 1)"),
-    (test_lives_are_ends_for_learning_only, 'and args.mode == "train"', ""),
+    (
+        test_lives_are_ends_for_learning_only,
+        '"episodic_life": args.episodic_life,',
+        '"episodic_life": args.episodic_life and args.mode == "train",',
+    ),
     (test_ram, "[old[:, 1:], x[:, None]]", "[x[:, None], old[:, 1:]]"),
     (test_frames_are_stacked_within_an_episode, "repeated(x), moved)", "moved, moved)"),
     (test_epochs_ask_again, "scaled._replace(said=None)", "scaled"),
+    (test_older_policies_are_corrected_for, "mask=rollout.mask * weight)", "mask=rollout.mask)"),
+    (test_older_policies_are_corrected_for, "- log_prob(older_policy", "+ log_prob(older_policy"),
+    (test_older_policies_are_corrected_for, "scaled = correct_for_age(", "_ = correct_for_age("),
     (
         test_overlapped_policies_are_one_update_older,
         "runner, with_fresh_noise(learner),",
