@@ -1294,8 +1294,7 @@ class Environment(NamedTuple):  # S*N environments behind one function
 def make_env(args: Args, env_seeds: list[int], render: bool = False) -> Environment:
     """Returns environments with Discrete actions, one per seed.
 
-    Stops (2) at other actions, at observations that --network or --overlap cannot take, and as
-    open_env does.
+    Stops (2) at other actions, at observations that --network cannot take, and as open_env does.
     """
     if args.obs == "ram" and not is_atari(args.env_id):
         fail(f"--obs ram is for EnvPool's Atari games, not for {args.env_id}: leave it out")
@@ -1311,10 +1310,6 @@ def make_env(args: Args, env_seeds: list[int], render: bool = False) -> Environm
     if frames > 1:
         env = stack_frames(env, frames)
     require_network(env, args)
-    _, first = env.first
-    if args.overlap and jax.tree.leaves(first.obs)[0].shape[1] > 1:
-        # What the policy that acted thinks of an observation's copies is asked after the update
-        fail(f"--overlap knows no copies of observations, and {args.env_id} has them: leave it out")
     return env
 
 
@@ -2489,8 +2484,8 @@ def compile_update(run: Run, mesh: Mesh, args: Args) -> tuple[Callable, RunnerSt
 def overlapped(act: Callable, improve: Callable, args: Args) -> Callable:
     """Returns an `advance` that collects the next rollout while the update computes.
 
-    All rollouts but the first are by the policy that was there before the update beside them:
-    correct_for_age tells the loss.
+    All rollouts but the first are by the policy that was there before the update beside them,
+    which correct_for_age makes up for.
     """
     worker = ThreadPoolExecutor(max_workers=1)
     ahead = []  # the runner and the rollout that were collected beside the last update

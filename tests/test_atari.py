@@ -331,7 +331,6 @@ BAD = [
     ({"env_id": "scripted:Labels-v0", "frame_stack": 2}, "--frame-stack"),
     ({"env_id": "Brekout-v5"}, "nearest: Breakout-v5"),
     ({"env_id": "gymnax/Breakout-MinAtar", "overlap": True}, "--overlap is for environments on"),
-    ({"env_id": "scripted:MirroredChooser-v0", "overlap": True}, "--overlap knows no copies"),
 ]
 
 
@@ -506,6 +505,37 @@ def test_older_policies_are_corrected_for(atari):
     by_hand, _ = jax.jit(plain)(learner, found)
     corrected, _ = update(learner, rollout)
     jax.tree.map(close, corrected.params, by_hand.params)
+
+
+def test_copies_weigh_as_their_originals(atari):
+    """A mirror image counts as its original has become likelier, and has its own probability."""
+    small = {"num_envs": 2, "num_steps": 16, "num_minibatches": 2, "learning_rate": 0.01}
+    env_id = "scripted:MirroredChooser-v0"
+    args = atari.Args(env_id=env_id, overlap=True, norm_obs=False, **small)
+    run = atari.make_run(args, atari.seeds_of_envs(args))
+    KEPT.append(run)
+    _, transition = run.act(run.runner, run.learner._replace(opt_state=None))
+    older, rollout = jax.tree.map(lambda x: x[0], (run.learner, transition))
+    learner, _ = jax.jit(partial(atari.update, network=run.network, args=args))(older, rollout)
+    found = atari.correct_for_age(learner, rollout, run.network)
+    batch = atari.make_batch(learner, found, run.network, args)
+
+    row = 0
+    weights = []
+    for t in range(16):
+        for n in range(2):
+            before, _ = run.network.apply(older.params, rollout.obs[t, n])  # of both copies
+            now, _ = run.network.apply(learner.params, rollout.obs[t, n])
+            action = rollout.action[t, n]
+            weight = softmax(now.logits[0])[action] / softmax(before.logits[0])[action]
+            weights.append(weight * rollout.mask[t, n])
+            for copy in range(2):
+                np.testing.assert_allclose(batch.mask[row], weights[-1], rtol=1e-4)
+                mine = math.log(softmax(now.logits[copy])[action])
+                np.testing.assert_allclose(batch.log_prob[row], mine, rtol=1e-3, atol=1e-5)
+                row += 1
+    assert len(batch.mask) == row
+    assert np.ptp(weights) > 0.01
 
 
 def test_overlapped_rollouts_run_beside_the_update(atari):
