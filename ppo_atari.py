@@ -6,6 +6,7 @@
 #   "optax>=0.2.6",
 #   "envpool>=1.2",
 #   "gymnasium[box2d,mujoco]>=1.2",
+#   "pydantic>=2.12",
 #   "tyro>=0.9",
 #   "tensorboard>=2.19",
 #   "tqdm>=4.66",
@@ -19,8 +20,8 @@
     python ppo_atari.py --env-id Breakout-v5 --seed 1 --mode eval --video
 
 PPO: arXiv 1707.06347; GAE: 1506.02438; protocols: 1312.5602 and 1709.06009 (Machado et al.).
-Axes are always [S, T, N, K, ...]: seeds, steps, environments per seed, copies of an observation.
-E epochs of M minibatches of B rows; P processes. A step of Atari is four frames.
+Axes are always [S, T, N, ...]: seeds, steps, environments per seed. E epochs of M minibatches of
+B rows; D numbers an observation, U choices; P processes. A step of Atari is four frames.
 
 Differs from the papers and from CleanRL's ppo_atari_envpool.py:
 1. Time limits are not ends: a truncated step bootstraps from the value of its true last
@@ -36,30 +37,25 @@ port has it (8 actors): --anneal-clip --update-epochs 3 --no-norm-adv --norm-adv
 --no-clip-vloss --vf-coef 2 --max-grad-norm inf --init normc --network ppo1
 """
 
-import ast
 import difflib
 import fcntl
-import hashlib
 import importlib
 import io
 import json
 import math
 import multiprocessing
 import os
-import platform
-import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import IO, Annotated, Any, Literal, NamedTuple
 
 import envpool
 import flax
@@ -76,157 +72,91 @@ from jax import Array
 from jax.experimental import io_callback, multihost_utils
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from pydantic import BaseModel, Field, model_validator
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.histogram.summary_v2 import histogram_pb
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
-from tensorboard.plugins.text.summary_v2 import text_pb
-from tensorboard.summary.writer.record_writer import RecordWriter
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tqdm import tqdm
 
-
 # --- Settings ---
-@dataclass(frozen=True)  # hashable: goes into jit as a static argument
-class Args:
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Bound = Annotated[float, Field(gt=0)]  # inf: off
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Args(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings"):
     # Run
     env_id: str = "Breakout-v5"
-    """environment of EnvPool or Gymnasium, or module:EnvId (module is imported first)"""
-    env_kwargs: str = "{}"
-    """keyword arguments of the environment's constructor, as JSON: '{"terrain": "hills"}'"""
-    seed: int = 1
-    """random seed; of several, the first"""
-    num_seeds: int = 1
-    """S, independent runs in this process, with seeds seed, seed + 1, ..."""
-    total_timesteps: int = 10_000_000
-    """environment steps per seed; whole rollouts, so rounded down"""
-    exp_name: str = "ppo"
-    """name of this experiment, a part of the run folder"""
-    run_dir: str = ""
-    """run folder; empty: runs/<script>/<env-id>/<exp-name>/seed<seed>"""
-    clobber: bool = False
-    """delete the run in the run folder and start afresh"""
-    checkpoint_interval: int = 50
-    """iterations between checkpoints"""
-    keep_best: bool = False
-    """also keep the checkpoint whose last 100 episodes earned the most, on average over seeds"""
-    use_best: bool = False
-    """in eval mode, run the policy of that checkpoint, not the last one's"""
-    log_interval: int = 1
-    """iterations between writes to TensorBoard (histograms: every tenth write)"""
-    mode: Literal["train", "eval"] = "train"
-    """eval: run the run folder's policy"""
-    deterministic: bool = False
-    """in eval mode, take the most likely actions, not samples"""
-    eval_episodes: int = 100
-    """evaluation episodes per seed"""
-    eval_steps: int = 100_000
-    """steps after which an evaluation episode that does not end counts as it is"""
-    video: bool = False
-    """in eval mode, film an episode of the first seed as mp4 and GIF"""
-    platform: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
-    """where updates run, and JAX-native environments"""
+    """environment of EnvPool or Gymnasium; module:EnvId (module is imported first); gymnax/...
+    or jax:module:function for environments in JAX"""
+    env_kwargs: str = "{}"  # the environment's arguments, as JSON: '{"terrain": "hills"}'
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1  # random seed; of several, the first
+    num_seeds: Count = 1  # S, independent runs in this process, with seeds seed, seed + 1, ...
+    total_timesteps: Count = 10_000_000  # per seed; whole rollouts, so rounded down
+    exp_name: str = "ppo"  # name of this experiment, a part of the run folder
+    run_dir: str = ""  # run folder; empty: runs/<script>/<env-id>/<exp-name>/seed<seed>
+    clobber: bool = False  # start afresh; a run in the folder is moved aside
+    checkpoint_interval: Count = 50  # iterations between checkpoints, up to the next look
+    keep_best: bool = False  # also keep the checkpoint whose last 100 episodes earned the most
+    use_best: bool = False  # in eval mode, run that checkpoint's policy, not the last one's
+    log_interval: Count = 1  # iterations between looks of the host, which logs, saves, and stops
+    mode: Literal["train", "eval"] = "train"  # eval: run the run folder's policy
+    deterministic: bool = False  # in eval mode, take the most likely actions, not samples
+    eval_episodes: Count = 100  # evaluation episodes per seed
+    eval_steps: Count = 100_000  # after which an evaluation's episode counts as it is
+    video: bool = False  # in eval mode, film an episode of the first seed as mp4 and GIF
+    platform: Literal["auto", "cpu", "gpu", "tpu"] = "auto"  # of updates and environments in JAX
     act_on: Literal["auto", "cpu", "device"] = "auto"
     """policies of other environments: beside them, or where updates run (auto: so for images)"""
-    overlap: bool = False
-    """collect the next rollout while the update computes: its policy is one update older"""
-    distributed: bool = False
-    """one of P processes started by mpirun or srun; each steps num_envs / P environments"""
-    vectorization: Literal["sync", "async"] = "sync"
-    """Gymnasium's environments one after another, or each in a process of its own"""
+    distributed: bool = False  # one of P processes of mpirun or srun, each with num_envs / P
+    vectorization: Literal["sync", "async"] = "sync"  # Gymnasium's, async: a process for each
     # Rollout
-    num_envs: int = 8
-    """N, parallel environments per seed"""
-    num_steps: int = 128
-    """T, steps per environment and rollout"""
-    hard_resets: bool = False
-    """begin every rollout of training with new episodes; longer ones than it never end, then"""
-    gamma: float = 0.99
-    """discount factor"""
-    gae_lambda: float = 0.95
-    """GAE mixing: 0 is the one-step error, 1 the Monte Carlo return"""
-    norm_obs: bool = True
-    """normalise observations by their running mean and variance"""
-    norm_reward: bool = False
-    """divide rewards by the running standard deviation of the discounted return"""
-    clip_obs: float = 10.0
-    """bound on normalised observations (inf: off)"""
-    clip_reward: float = 1.0
-    """bound on scaled rewards (inf: off)"""
-    # Atari (EnvPool's games)
-    protocol: Literal["openai", "machado"] = "openai"
-    """published switches: the next five flags, which may then still be given"""
-    episodic_life: bool = True
-    """a lost life is an end for learning, not for scores"""
-    fire_reset: bool = True
-    """press FIRE where a game waits for it: as it begins and, with episodic_life, at each life"""
-    noop_max: int = 30
-    """most no-ops that an episode begins with"""
-    sticky_actions: float = 0.0
-    """probability that the action before is repeated"""
-    full_action_space: bool = False
-    """all 18 actions, not only those that the game knows"""
-    obs: Literal["pixels", "ram"] = "pixels"
-    """what is observed of a game: 84 x 84 grey pixels, or its 128 bytes of RAM"""
-    frame_stack: int | None = None
+    num_envs: Count = 8  # N, parallel environments per seed
+    num_steps: Count = 128  # T, steps per environment and rollout
+    gamma: Fraction = 0.99  # discount factor
+    gae_lambda: Fraction = 0.95  # GAE mixing: 0 is the one-step error, 1 the Monte Carlo return
+    norm_obs: bool = True  # normalise observations by their running mean and variance
+    norm_reward: bool = False  # divide rewards by the running deviation of the discounted return
+    clip_obs: Bound = 10.0  # bound on observations, after norm_obs (inf: off)
+    clip_reward: Bound = 1.0  # bound on rewards, after norm_reward (inf: off)
+    # Observations
+    protocol: Literal["openai", "machado"] = "openai"  # of Atari: defaults of the next five flags
+    episodic_life: bool = True  # a lost life is an end for learning, not for scores
+    fire_reset: bool = True  # press FIRE where a game waits for it
+    noop_max: Count = 30  # most no-ops that an episode begins with
+    sticky_actions: Fraction = 0.0  # probability that the action before is repeated
+    full_action_space: bool = False  # all 18 actions, not only those that the game knows
+    obs: Literal["pixels", "ram"] = "pixels"  # of Atari: 84 x 84 grey pixels, or 128 bytes of RAM
+    frame_stack: Annotated[int, Field(ge=1, le=64)] | None = None
     """observations that are shown at once; by default 4 of Atari, 1 of all others"""
+    channels: Literal["auto", "first", "last"] = "auto"  # axis of an image's channels
     # Update
-    learning_rate: float = 2.5e-4
-    """Adam's step size"""
-    anneal_lr: bool = True
-    """learning rate linearly to zero over the run"""
-    adaptive_lr: bool = False
-    """after each epoch, learning rate times or over 1.5 towards desired_kl"""
-    num_minibatches: int = 4
-    """M, minibatches per epoch"""
-    update_epochs: int = 4
-    """E, passes over the rollout"""
-    objective: Literal["clip", "kl-penalty", "none"] = "clip"
-    """clipped surrogate; surrogate with adaptive KL penalty; the bare surrogate"""
-    clip_coef: float = 0.1
-    """epsilon, the bound on |ratio - 1|"""
-    anneal_clip: bool = False
-    """clip range linearly to zero over the run"""
-    clip_vloss: bool = True
-    """bound changes of the value by epsilon, too"""
-    norm_adv: bool = True
-    """normalise advantages in each minibatch"""
-    norm_adv_once: bool = False
-    """normalise advantages over each environment's part of a rollout (ppo1)"""
-    recompute_advantages: bool = False
-    """advantages and targets anew before each epoch, not once per rollout"""
-    ent_coef: float = 0.01
-    """weight of the entropy bonus"""
-    anneal_ent: bool = False
-    """weight of the entropy bonus linearly to zero over the run"""
-    vf_coef: float = 0.5
-    """weight of the value loss"""
-    l2_coef: float = 0.0
-    """weight of half the sum of the squared network weights"""
-    max_grad_norm: float = 0.5
-    """bound on the global gradient norm (inf: off)"""
-    target_kl: float | None = None
-    """no further epochs once one's mean approx_kl passes 1.5 times this"""
-    desired_kl: float = 0.01
-    """KL that the penalty's coefficient and the adaptive learning rate steer to"""
-    kl_coef: float = 1.0
-    """first coefficient of the KL penalty"""
-    kl_rule: tuple[float, float, float] = (2.0, 1.5, 0.667)
-    """its factor, applied above and below these times desired_kl (Heess et al.: 1.5 2 0.5)"""
-    kl_barrier: float = 0.0
-    """weight of max(0, KL - 2 desired_kl) squared in the kl-penalty (Heess et al.)"""
+    learning_rate: Positive = 2.5e-4  # Adam's step size
+    anneal_lr: bool = True  # learning rate linearly to zero over the run
+    num_minibatches: Count = 4  # M, minibatches per epoch
+    update_epochs: Count = 4  # E, passes over the rollout
+    clip_coef: Positive = 0.1  # epsilon, the bound on |ratio - 1|
+    anneal_clip: bool = False  # clip range linearly to zero over the run
+    clip_vloss: bool = True  # bound changes of the value by epsilon, too
+    norm_adv: bool = True  # normalise advantages in each minibatch
+    norm_adv_once: bool = False  # over each environment's part of a rollout, as ppo1 does
+    recompute_advantages: bool = False  # and targets before each epoch, not once per rollout
+    ent_coef: Weight = 0.01  # weight of the entropy bonus
+    vf_coef: Weight = 0.5  # weight of the value loss
+    max_grad_norm: Bound = 0.5  # bound on the global gradient norm (inf: off)
+    target_kl: Positive | None = None  # no further epochs once one's approx_kl passes 1.5 times it
     # Network
     network: Literal["auto", "nature", "impala", "ppo1", "small", "mlp"] = "auto"
     """auto: nature for images, small for those of less than 36 pixels, mlp for vectors"""
-    hidden_sizes: tuple[int, ...] = (256, 256)
-    """widths of the hidden layers"""
-    critic_sizes: tuple[int, ...] = (256, 256)
-    """widths of the critic's hidden layers"""
-    activation: Literal["tanh", "relu", "elu", "silu"] = "relu"
-    """nonlinearity of the hidden layers"""
+    hidden_sizes: tuple[Count, ...] = (256, 256)  # widths of the hidden layers
+    critic_sizes: tuple[Count, ...] = (256, 256)  # widths of the critic's hidden layers
+    activation: Literal["tanh", "relu", "elu", "silu"] = "relu"  # of the hidden layers
     init: Literal["orthogonal", "normc"] = "orthogonal"
     """gains sqrt 2 hidden, 0.01 policy, 1 value; or units of norm 1 (policy 0.01), as ppo1"""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """what hidden layers compute in; parameters and losses are float32"""
 
     @property
     def rollout_size(self) -> int:
@@ -237,146 +167,34 @@ class Args:
         return self.rollout_size // self.num_minibatches
 
     @property
-    def restarts(self) -> bool:
-        return self.hard_resets and self.mode == "train"
-
-    @property
     def num_iterations(self) -> int:
         return self.total_timesteps // self.rollout_size
 
     @property
+    def native(self) -> bool:
+        return self.env_id.startswith(tuple(NATIVE))
+
+    @property
     def folder(self) -> Path:
-        if self.run_dir:
-            return Path(self.run_dir).resolve()
-        name = f"seed{self.seed}"
-        if self.num_seeds > 1:
-            name += f"-{self.seed + self.num_seeds - 1}"
-        return Path("runs", Path(__file__).stem, self.env_id, self.exp_name, name).resolve()
+        last = f"-{self.seed + self.num_seeds - 1}" if self.num_seeds > 1 else ""
+        name = f"seed{self.seed}{last}"
+        default = Path("runs", Path(__file__).stem, self.env_id, self.exp_name, name)
+        return Path(self.run_dir or default).resolve()
 
-
-def note(message: str) -> None:
-    """Prints a line on stderr, if anybody still listens there."""
-    with suppress(OSError, ValueError):
-        print(f"{Path(__file__).name}: {' '.join(message.split())}", file=sys.stderr, flush=True)
-
-
-class Failure(SystemExit):
-    """What ends the program; main says why in one line, the last, when all else is closed."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(code)
-        self.message = message
-
-    def __str__(self) -> str:
-        return self.message
-
-
-def fail(message: str, code: int = 2) -> NoReturn:
-    """Ends the program with one line on stderr. Raises: Failure."""
-    raise Failure(message, code)
-
-
-def flag(name: str) -> str:
-    """Returns a setting's name as it is typed."""
-    return f"--{name.replace('_', '-')}"
-
-
-def require_between(args: Args, names: str, low: float, high: float = math.inf) -> None:
-    """Stops with exit code 2 at the first of the settings that is not in [low, high]."""
-    for name in names.split():
-        value = getattr(args, name)
-        if not low <= value <= high:
-            wanted = f"{low} or more" if high == math.inf else f"{low} to {high}"
-            fail(f"{flag(name)} is {value}: give {wanted}")
-
-
-def require_positive(args: Args, names: str) -> None:
-    """Stops with exit code 2 at the first of the settings that is not above 0."""
-    for name in names.split():
-        value = getattr(args, name)
-        if not value > 0:
-            fail(f"{flag(name)} is {value}: give a number above 0")
-
-
-def require_finite(args: Args, names: str) -> None:
-    """Stops with exit code 2 at the first of the settings that is infinite or no number."""
-    for name in names.split():
-        value = getattr(args, name)
-        if not math.isfinite(value):
-            fail(f"{flag(name)} is {value}: give a finite number")
-
-
-def require_widths(args: Args, name: str) -> None:
-    """Stops with exit code 2 at layers without a unit."""
-    sizes = getattr(args, name)
-    if not all(size >= 1 for size in sizes):
-        fail(f"{flag(name)} {sizes}: give widths of 1 or more")
-
-
-def validate_run(args: Args) -> None:
-    """Stops with exit code 2 at a setting of the run that cannot work in any script."""
-    counts = "num_seeds total_timesteps checkpoint_interval log_interval eval_episodes eval_steps"
-    require_between(args, f"{counts} num_envs num_steps", 1, 2**31 - 1)
-    require_between(args, "seed", 0, 2**31 - args.num_seeds)
-    require_between(args, "gamma gae_lambda", 0, 1)
-    if not args.exp_name or args.exp_name.startswith("/") or ".." in Path(args.exp_name).parts:
-        fail(f"--exp-name {args.exp_name!r}: give a name without .. and without a leading slash")
-    try:
-        str(args.folder).encode()
-    except UnicodeEncodeError:
-        fail(f"--run-dir {str(args.folder)!a} is no UTF-8: give another, or set a UTF-8 locale")
-    require_widths(args, "hidden_sizes")
-    if args.num_iterations < 1:
-        rollout_size = f"one rollout, --num-envs {args.num_envs} x --num-steps {args.num_steps}"
-        fail(f"--total-timesteps {args.total_timesteps} is below {rollout_size}: raise it")
-    read_env_kwargs(args)
-
-
-def read_env_kwargs(args: Args) -> dict:
-    """Returns --env-kwargs as a dict. Stops with exit code 2 if they are none."""
-    try:
-        found = json.loads(args.env_kwargs)
-    except ValueError as error:
-        fail(f"--env-kwargs {args.env_kwargs!r} is not JSON ({error}): give '{{\"name\": value}}'")
-    if not isinstance(found, dict):
-        fail(f"--env-kwargs {args.env_kwargs!r}: give '{{\"name\": value}}'")
-    return found
-
-
-def validate(args: Args) -> None:
-    """Stops with exit code 2 at the first setting that cannot work, naming flag and remedy."""
-    validate_run(args)
-    require_widths(args, "critic_sizes")
-    require_between(args, "noop_max", 1, 2**31 - 1)
-    require_between(args, "sticky_actions", 0, 1)
-    if args.frame_stack is not None:
-        require_between(args, "frame_stack", 1, 64)
-    require_positive(args, "clip_obs clip_reward learning_rate clip_coef max_grad_norm")
-    require_positive(args, "desired_kl kl_coef")
-    require_between(args, "num_minibatches update_epochs", 1, 2**31 - 1)
-    require_between(args, "ent_coef vf_coef l2_coef kl_barrier", 0)
-    require_finite(args, "learning_rate clip_coef ent_coef vf_coef l2_coef desired_kl kl_coef")
-    require_finite(args, "kl_barrier")
-    if args.rollout_size % args.num_minibatches:
-        size = f"--num-envs {args.num_envs} x --num-steps {args.num_steps}"
-        fail(f"--num-minibatches {args.num_minibatches} does not divide {size}")
-    if args.norm_adv and args.minibatch_size < 2:
-        fail(
-            f"--num-minibatches {args.num_minibatches} leaves one row in each, whose normalised"
-            " advantage is always 0: give fewer, or --no-norm-adv"
-        )
-    if args.overlap and is_native(args):
-        fail("--overlap is for environments on the host: leave it out")
-    if args.adaptive_lr and args.anneal_lr:
-        fail("--adaptive-lr contradicts --anneal-lr: add --no-anneal-lr")
-    if args.target_kl is not None:
-        require_positive(args, "target_kl")
-        require_finite(args, "target_kl")
-    factor, above, below = args.kl_rule
-    if not (1 <= factor < math.inf and 0 < below <= above < math.inf):
-        fail(f"--kl-rule {args.kl_rule}: give a factor of 1 or more, then above >= below > 0")
-    if args.kl_barrier and args.objective != "kl-penalty":
-        fail("--kl-barrier belongs to --objective kl-penalty: add that, or leave it out")
+    @model_validator(mode="after")
+    def check(self) -> "Args":
+        """Raises: ValueError where settings contradict each other."""
+        if not isinstance(json.loads(self.env_kwargs), dict):
+            raise ValueError("--env-kwargs: give '{\"name\": value}'")
+        if self.num_iterations < 1:
+            raise ValueError("--total-timesteps is below one rollout, --num-envs x --num-steps")
+        if self.rollout_size % self.num_minibatches:
+            raise ValueError("--num-minibatches does not divide --num-envs x --num-steps")
+        if self.norm_adv and self.minibatch_size == 1:
+            raise ValueError("--norm-adv needs minibatches of more than one row")
+        if self.obs == "ram" and not is_atari(self.env_id):
+            raise ValueError("--obs ram is for EnvPool's Atari games: leave it out")
+        return self
 
 
 PROTOCOLS = {
@@ -397,29 +215,37 @@ PROTOCOLS = {
 }
 
 
+def note(message: str) -> None:
+    """Prints a line on stderr."""
+    print(f"{Path(__file__).name}: {message}", file=sys.stderr, flush=True)
+
+
+class InputError(ValueError):
+    """What the user gave cannot work; main says why in one line and exits with code 2."""
+
+
 # --- State ---
-class RunningStats(NamedTuple):  # of one leaf of the observations, or of the discounted return
+class RunningStats(NamedTuple):  # of observations [D], or of the discounted return []
     mean: Array
     var: Array
     count: Array  # []
 
 
 class Transition(NamedTuple):  # one step; a rollout stacks T of them: [T, N, ...]
-    obs: Any  # raw; of a rollout [T + 1, N, K, ...]: obs[t + 1] is the true next observation
-    action: Array  # as sampled, before the environment's bounds
+    obs: Array  # raw; of a rollout [T + 1, N, ...]: obs[t + 1] is the true next observation
+    action: Array  # choices, which count from 0
     reward: Array  # raw
     terminated: Array  # 1: no value beyond this step
     done: Array  # 1: terminated or truncated
     mask: Array  # 0: the environment reset itself on this step, which is not experience
-    ended: Array  # 1: an episode is over, and its return is whole
+    ended: Array  # 1: a game is over, and its return is whole
     episodic_return: Array  # real and unclipped, so far
     episodic_length: Array
     discounted_return: Array  # of raw rewards, so far: what scales rewards
-    said: Any = None  # what `keep` kept of the network's answer
 
 
-class Batch(NamedTuple):  # what the loss sees, [T*N*K, ...]; a minibatch is [B, ...]
-    obs: Any  # normalised
+class Batch(NamedTuple):  # what the loss sees, [T*N, ...]; a minibatch is [B, ...]
+    obs: Array  # normalised
     action: Array
     policy: "Categorical"  # that acted
     log_prob: Array  # of action under it
@@ -434,92 +260,37 @@ class Schedule(NamedTuple):  # numbers that change, or are swept: traced, so not
     clip_coef: Array
     ent_coef: Array
     vf_coef: Array
-    kl_coef: Array
     gamma: Array
     gae_lambda: Array
 
 
-class LearnerState(NamedTuple):  # what a checkpoint holds
+class LearnerState(NamedTuple):  # all that training changes
     params: Any
     opt_state: Any
-    obs_stats: Any  # like one observation, RunningStats for leaves
+    obs_stats: RunningStats | None  # none of images
     return_stats: RunningStats
     schedule: Schedule  # as given; annealing leaves it alone
     key: Array  # [2], of the whole run; each iteration's keys are folded from it
     iteration: Array  # []
     episodes: Array  # [], ended so far
-    returns: Array  # [100], of the last training episodes, the newest last; 0 before the first
+    returns: Array  # [100], of the last training episodes, the newest last; before these -inf
 
 
 # --- Networks ---
-@jax.custom_vjp
-def product(x: Array, kernel: Array) -> Array:
-    """Returns x [..., I] @ kernel [I, O]: [..., O].
-
-    Its gradient is the usual one. JAX's own comes transposed where seeds are vmapped, and to turn
-    it round takes a CPU up to a sixth of an update. Forward-mode derivatives (jvp) need x @ kernel.
-    """
-    return x @ kernel
-
-
-def product_forward(x: Array, kernel: Array) -> tuple[Array, tuple]:
-    """Returns what product returns, and what its gradient needs."""
-    return x @ kernel, (x, kernel)
-
-
-def product_backward(kept: tuple, gradient: Array) -> tuple[Array, Array]:
-    """Returns the gradients of product's arguments."""
-    x, kernel = kept
-    rows = x.reshape(-1, x.shape[-1])
-    gradient = gradient.reshape(-1, gradient.shape[-1])
-    of_rows = jnp.einsum("bo,io->bi", gradient, kernel)
-    return of_rows.reshape(x.shape), jnp.einsum("bi,bo->io", rows, gradient)
-
-
-product.defvjp(product_forward, product_backward)
-
-
-def multiply(x: Array, kernel: Array, axes: tuple, precision: Any) -> Array:
-    """Returns x @ kernel: all that nn.Dense asks a dot_general for."""
-    return product(x, kernel)
-
-
-class Dense(nn.Dense):
-    """Flax's dense layer, with that product."""
-
-    dot_general: Callable = multiply
-
-
 def mlp(
-    obs: Any,
-    sizes: tuple[int, ...],
-    out_size: int,
-    out_gain: float,
-    name: str,
-    args: Args,
-    dtype: Any = None,
+    x: Array, sizes: tuple[int, ...], out_size: int, out_gain: float, name: str, args: Args
 ) -> Array:
-    """Returns what dense layers make of observations: [B, out_size].
-
-    Args:
-        obs: any pytree of [B, ...]; its leaves are flattened and laid side by side.
-        sizes: widths of the hidden layers.
-        out_gain: gain of the last layer's orthogonal weights.
-        name: of the layers, as parameters: name_0, name_1, ...
-        dtype: that hidden layers compute in; by default that of observations and parameters.
-    """
-    leaves = [leaf.reshape(len(leaf), -1) for leaf in jax.tree.leaves(obs)]
-    x = jnp.concatenate(leaves, axis=-1)
+    """Returns what dense layers name_0, name_1, ... make of x [..., D]: [..., out_size]."""
     activation = getattr(nn, args.activation)
     for i, size in enumerate(sizes):
         init = kernel_init(2**0.5, args)
-        x = activation(Dense(size, dtype=dtype, kernel_init=init, name=f"{name}_{i}")(x))
-    last = f"{name}_{len(sizes)}"
-    return Dense(out_size, kernel_init=kernel_init(out_gain, args), name=last)(x)
+        x = activation(nn.Dense(size, kernel_init=init, name=f"{name}_{i}")(x))
+    init = kernel_init(out_gain, args)
+    return nn.Dense(out_size, kernel_init=init, name=f"{name}_{len(sizes)}")(x)
 
 
 def kernel_init(gain: float, args: Args) -> nn.initializers.Initializer:
-    """Returns the initialiser of a dense layer's weights."""
+    """Returns the initialiser of a layer's weights."""
     if args.init == "orthogonal":
         return nn.initializers.orthogonal(gain)
     return partial(normc, norm=min(gain, 1.0))
@@ -531,21 +302,45 @@ def normc(key: Array, shape: tuple[int, int], dtype: Any, norm: float) -> Array:
     return norm * weights / jnp.linalg.norm(weights, axis=0, keepdims=True)
 
 
-def channels_last(image: Array) -> Array:
+def is_image(space: spaces.Space) -> bool:
+    """Returns whether observations of a space are images, or stacks of images."""
+    return isinstance(space, spaces.Box | spaces.MultiBinary) and len(space.shape) in (2, 3, 4)
+
+
+def channels_first(shape: tuple[int, int, int], args: Args) -> bool | None:
+    """Returns whether an image's first axis has its channels, not its last; None: nobody knows.
+
+    Channels are 1, 3 or 4, or beside two axes of one length, or else less than half of these.
+    """
+    if args.channels != "auto":
+        return args.channels == "first"
+    signs = set()
+    first, middle, last = shape
+    if (first in (1, 3, 4)) != (last in (1, 3, 4)):
+        signs.add(first in (1, 3, 4))
+    if (first == middle) != (middle == last):
+        signs.add(middle == last)
+    if not signs and 2 * min(first, last) < sorted(shape)[1]:
+        signs.add(first < last)
+    return signs.pop() if len(signs) == 1 else None
+
+
+def channels_last(image: Array, args: Args) -> Array:
     """Returns images [B, height, width, channels] of whatever layout, bytes in [0, 1].
 
     Args:
-        image: [B, height, width], with channels behind or, if there are fewer, in front; or a
-            stack of such images, whose first axis becomes channels.
+        image: [B, height, width], with channels behind or in front; or a stack of such images,
+            whose first axis becomes channels.
     """
     if image.dtype == jnp.uint8:
         image = image.astype(jnp.float32) / 255
     if image.ndim == 3:
         return image[..., None]
     if image.ndim == 5:
-        frames = jax.vmap(channels_last, in_axes=1, out_axes=-2)(image)
+        one = partial(channels_last, args=args)
+        frames = jax.vmap(one, in_axes=1, out_axes=-2)(image)
         return frames.reshape(*frames.shape[:3], -1)
-    if image.shape[1] < image.shape[3]:
+    if channels_first(image.shape[1:], args):
         return jnp.moveaxis(image, 1, -1)
     return image
 
@@ -553,60 +348,34 @@ def channels_last(image: Array) -> Array:
 def conv(x: Array, kernel: Array, stride: int) -> Array:
     """Returns a convolution without padding: [B, height, width, features].
 
+    As a sum over the kernel's rows of matrix products, once blocks of stride x stride pixels have
+    become channels. On a CPU XLA's own gradient of a convolution, inside of a scan, takes over ten
+    times as long.
+
     Args:
         x: [B, height, width, channels].
-        kernel: [rows, columns, channels, features].
+        kernel: [rows, columns, channels, features]; the stride divides rows and columns.
     """
-    if max(x.shape[1:3]) <= 16:  # on an H100, too: with 5 seeds MinAtar trains 1.6 times as fast
-        return conv_by_products(x, kernel, stride)
-    by_products = partial(conv_by_products, stride=stride)
-    by_library = partial(conv_by_library, stride=stride)
-    return jax.lax.platform_dependent(x, kernel, cpu=by_products, default=by_library)
-
-
-def conv_by_library(x: Array, kernel: Array, stride: int) -> Array:
-    """Returns the same, as accelerators have it."""
-    strides = (stride, stride)
-    axes = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(x, kernel, strides, "VALID", dimension_numbers=axes)
-
-
-def conv_by_products(x: Array, kernel: Array, stride: int) -> Array:
-    """Returns the same, as a sum over the kernel's rows of matrix products.
-
-    XLA's own convolutions take a loop for gradients inside of a scan on a CPU: over 20 times this.
-    """
-    if stride > 1 and kernel.shape[0] % stride == 0 and kernel.shape[1] % stride == 0:
-        x, kernel = space_to_depth(x, kernel, stride)
-        stride = 1
-    rows, columns, channels, features = kernel.shape
-    batch, height, width, _ = x.shape
-    out_height = (height - rows) // stride + 1
-    out_width = (width - columns) // stride + 1
-    down = stride * (out_height - 1) + 1
-    right = stride * (out_width - 1) + 1
-    beside = [x[:, :, j : j + right : stride] for j in range(columns)]
-    patches = jnp.concatenate(beside, axis=-1)  # of one row
-    out = jnp.zeros((batch * out_height * out_width, features), x.dtype)
-    for i in range(rows):
-        row = patches[:, i : i + down : stride].reshape(-1, columns * channels)
-        out += product(row, kernel[i].reshape(columns * channels, features))
-    return out.reshape(batch, out_height, out_width, features)
-
-
-def space_to_depth(x: Array, kernel: Array, stride: int) -> tuple[Array, Array]:
-    """Returns x and kernel with blocks of stride x stride pixels as channels: their stride is 1."""
     batch, height, width, channels = x.shape
     rows, columns, _, features = kernel.shape
-    high = (height - rows) // stride + rows // stride  # blocks that the convolution reaches
-    wide = (width - columns) // stride + columns // stride
-    x = x[:, : high * stride, : wide * stride]
-    x = x.reshape(batch, high, stride, wide, stride, channels)
-    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, high, wide, -1)
-    rows, columns = rows // stride, columns // stride
+    out_height = (height - rows) // stride + 1
+    out_width = (width - columns) // stride + 1
+    rows //= stride
+    columns //= stride
+    down = out_height + rows - 1  # blocks that the kernel reaches
+    right = out_width + columns - 1
+    x = x[:, : down * stride, : right * stride]
+    x = x.reshape(batch, down, stride, right, stride, channels)
+    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, down, right, -1)
     kernel = kernel.reshape(rows, stride, columns, stride, channels, features)
-    kernel = kernel.transpose(0, 2, 1, 3, 4, 5).reshape(rows, columns, -1, features)
-    return x, kernel
+    kernel = kernel.transpose(0, 2, 1, 3, 4, 5).reshape(rows, -1, features)
+
+    patches = jnp.concatenate([x[:, :, j : j + out_width] for j in range(columns)], axis=-1)
+    out = 0
+    for i in range(rows):
+        row = patches[:, i : i + out_height].reshape(-1, kernel.shape[1])
+        out += row @ kernel[i]
+    return out.reshape(batch, out_height, out_width, features)
 
 
 class Conv(nn.Module):
@@ -631,8 +400,7 @@ class Conv(nn.Module):
         kernel = self.param("kernel", init, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         sides = (self.pad, self.pad)
-        x = jnp.pad(x, ((0, 0), sides, sides, (0, 0)))
-        return conv(x, kernel.astype(x.dtype), self.stride) + bias.astype(x.dtype)
+        return conv(jnp.pad(x, ((0, 0), sides, sides, (0, 0))), kernel, self.stride) + bias
 
 
 # (features, size, stride) of convolutions, and the width of the layer behind them
@@ -671,40 +439,36 @@ def impala_features(x: Array, args: Args) -> Array:
     return activation(x)
 
 
-def network_of(obs: Any, args: Args) -> str:
+def network_of(obs: Array, args: Args) -> str:
     """Returns which network --network means for observations [B, ...], or is."""
     if args.network != "auto":
         return args.network
-    leaves = jax.tree.leaves(obs)
-    if len(leaves) > 1 or leaves[0].ndim < 3:
+    if obs.ndim < 3:
         return "mlp"
-    _, height, width, _ = jax.eval_shape(channels_last, leaves[0]).shape
+    _, height, width, _ = jax.eval_shape(partial(channels_last, args=args), obs).shape
     return "small" if min(height, width) < 36 else "nature"
 
 
 class ActorCritic(nn.Module):
     """Images: common convolutions below policy and value. Vectors: two separate networks."""
 
-    action_space: spaces.Discrete
+    space: spaces.Discrete  # of actions
     args: Args
 
     @nn.compact
-    def __call__(self, obs: Any) -> tuple["Categorical", Array]:
+    def __call__(self, obs: Array) -> tuple["Categorical", Array]:
         """Returns the policy, leaves [B, U], and values [B], for observations [B, ...]."""
         args = self.args
-        choices = int(self.action_space.n)
+        choices = int(self.space.n)
         name = network_of(obs, args)
         if name == "mlp":
-            obs = jax.tree.map(bytes_to_numbers, obs)
-            dtype = jnp.bfloat16 if args.dtype == "bfloat16" else None
-            logits = mlp(obs, args.hidden_sizes, choices, 0.01, "policy", args, dtype)
-            value = mlp(obs, args.critic_sizes, 1, 1.0, "critic", args, dtype)[:, 0]
+            x = obs / 255 if obs.dtype == jnp.uint8 else obs
+            x = x.reshape(len(x), -1)
+            logits = mlp(x, args.hidden_sizes, choices, 0.01, "policy", args)
+            value = mlp(x, args.critic_sizes, 1, 1.0, "critic", args)[:, 0]
             return Categorical(logits=logits), value
 
-        (image,) = jax.tree.leaves(obs)
-        x = channels_last(image)
-        if args.dtype == "bfloat16":
-            x = x.astype(jnp.bfloat16)
+        x = channels_last(obs, args)
         if name == "impala":
             x = impala_features(x, args)
             width = 256
@@ -712,16 +476,11 @@ class ActorCritic(nn.Module):
             x = plain_features(x, name, args)
             _, width = PLAIN[name]
         x = x.reshape(len(x), -1)
-        hidden = Dense(width, dtype=x.dtype, kernel_init=kernel_init(2**0.5, args), name="dense")
+        hidden = nn.Dense(width, kernel_init=kernel_init(2**0.5, args), name="dense")
         x = getattr(nn, args.activation)(hidden(x))
-        logits = Dense(choices, kernel_init=kernel_init(0.01, args), name="policy")(x)
-        value = Dense(1, kernel_init=kernel_init(1.0, args), name="critic")(x)
+        logits = nn.Dense(choices, kernel_init=kernel_init(0.01, args), name="policy")(x)
+        value = nn.Dense(1, kernel_init=kernel_init(1.0, args), name="critic")(x)
         return Categorical(logits=logits), value[:, 0]
-
-
-def bytes_to_numbers(x: Array) -> Array:
-    """Returns bytes as numbers in [0, 1], and all else as it is."""
-    return x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x
 
 
 # --- Distribution ---
@@ -730,7 +489,7 @@ class Categorical(NamedTuple):  # over U choices
 
 
 def draw_noise(key: Array, shape: tuple[int, ...], space: spaces.Discrete) -> Array:
-    """Returns what sample_action takes for actions of a space: float32 [*shape, U]."""
+    """Returns Gumbel noise for sample_action, [*shape, U]."""
     return jax.random.gumbel(key, (*shape, int(space.n)), jnp.float32)
 
 
@@ -758,11 +517,6 @@ def kl(old: Categorical, new: Categorical) -> Array:
     return jnp.sum(jnp.exp(old_log_probs) * (old_log_probs - new_log_probs), axis=-1)
 
 
-def spread(policy: Categorical) -> dict[str, Array]:
-    """Returns metrics, scalars, of how undecided a policy is."""
-    return {"policy/most_likely": jnp.mean(jnp.max(jax.nn.softmax(policy.logits), axis=-1))}
-
-
 # --- Statistics ---
 def masked_mean(x: Array, mask: Array) -> Array:
     """Returns the mean of x [*mask.shape, ...] where mask is 1; 0 where it is 1 nowhere."""
@@ -776,13 +530,13 @@ def masked_var(x: Array, mask: Array) -> Array:
     return masked_mean(jnp.square(x - masked_mean(x, mask)), mask)
 
 
-def update_stats(x: Array, stats: RunningStats, mask: Array) -> RunningStats:
+def update_stats(x: Array, stats: RunningStats | None, mask: Array) -> RunningStats | None:
     """Returns statistics that also hold x [T, N, ...] where mask [T, N] is 1; none of images.
 
     Source: Chan et al. 1979, eq. 2.1.
     """
-    if is_image(stats):
-        return stats
+    if stats is None:
+        return None
     count = jnp.sum(mask)
     total = stats.count + count
     shift = masked_mean(x, mask) - stats.mean
@@ -795,31 +549,19 @@ def update_stats(x: Array, stats: RunningStats, mask: Array) -> RunningStats:
     )
 
 
-def is_image(stats: RunningStats) -> bool:
-    """Returns whether statistics are an image's, which networks take as it is."""
-    return stats.mean.ndim > 1
-
-
-def normalize(x: Array, stats: RunningStats, bound: float) -> Array:
+def normalize(x: Array, stats: RunningStats | None, bound: float) -> Array:
     """Returns x [..., *stats.mean.shape], centred, scaled to variance 1, clipped to +-bound.
 
-    Images are left as they are.
+    Images, which have no statistics, are left as they are.
     """
-    if is_image(stats):
+    if stats is None:
         return x
     return jnp.clip((x - stats.mean) / jnp.sqrt(stats.var + 1e-8), -bound, bound)
 
 
-def centre_and_scale(x: Array, mask: Array) -> Array:
-    """Returns x with mean 0 and standard deviation 1 where mask, of x's shape, weighs it."""
-    weight = mask / jnp.maximum(jnp.mean(mask), 1e-8)
-    centred = x - jnp.mean(x * weight)
-    return centred / (jnp.sqrt(jnp.mean(jnp.square(centred) * weight)) + 1e-8)
-
-
-def explained_variance(value: Array, target: Array, mask: Array) -> Array:
-    """Returns 1 - Var(target - value) / Var(target) over what mask has as 1; all one shape."""
-    return 1 - masked_var(target - value, mask) / jnp.maximum(masked_var(target, mask), 1e-8)
+def all_finite(tree: Any) -> Array:
+    """Returns whether no leaf has an element that is infinite or no number."""
+    return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]))
 
 
 # --- Advantages and losses ---
@@ -858,23 +600,15 @@ def ppo_loss(
 ) -> tuple[Array, dict[str, Array]]:
     """Returns the loss of a minibatch [B, ...], a scalar, and metrics, scalars.
 
-    Source: arXiv 1707.06347, eq. 7 and 8; value clipping: baselines' ppo2; L2: 2005.12729's code.
+    Source: arXiv 1707.06347, eq. 7 and 8; value clipping: baselines' ppo2.
     """
     policy, value = network.apply(params, batch.obs)
     log_ratio = log_prob(policy, batch.action) - batch.log_prob
     ratio = jnp.exp(log_ratio)
-    kl_divergence = kl(batch.policy, policy)
     clip_coef = schedule.clip_coef
 
-    policy_loss = -batch.advantage * ratio
-    if args.objective == "clip":
-        clipped_ratio = jnp.clip(ratio, 1 - clip_coef, 1 + clip_coef)
-        policy_loss = jnp.maximum(policy_loss, -batch.advantage * clipped_ratio)
-    if args.objective == "kl-penalty":
-        kl_coef = schedule.kl_coef
-        if args.kl_barrier:
-            kl_coef += barrier_coef(jnp.mean(kl_divergence * batch.mask), args)
-        policy_loss += kl_coef * kl_divergence
+    clipped_ratio = jnp.clip(ratio, 1 - clip_coef, 1 + clip_coef)
+    policy_loss = jnp.maximum(-batch.advantage * ratio, -batch.advantage * clipped_ratio)
 
     value_loss = jnp.square(value - batch.target)
     if args.clip_vloss:
@@ -886,30 +620,13 @@ def ppo_loss(
         "value_loss": 0.5 * value_loss,
         "entropy": entropy(policy),
         "approx_kl": ratio - 1 - log_ratio,
-        "kl": kl_divergence,
+        "kl": kl(batch.policy, policy),
         "clipfrac": jnp.abs(ratio - 1) > clip_coef,
     }
     mean = jax.tree.map(lambda x: jnp.mean(x * batch.mask), samples)
     loss = mean["policy_loss"] + schedule.vf_coef * mean["value_loss"]
     loss -= schedule.ent_coef * mean["entropy"]
-    if args.l2_coef:
-        loss += args.l2_coef * sum_of_squares(params) / 2
     return loss, mean
-
-
-def barrier_coef(kl_divergence: Array, args: Args) -> Array:
-    """Returns what a quadratic barrier adds to the coefficient of the minibatch's mean KL.
-
-    The gradient of kl_barrier * max(0, KL - 2 * desired_kl)^2 is that of KL times this.
-    Source: Heess et al. 2017, arXiv 1707.02286, algorithm 2.
-    """
-    excess = average_over_processes(kl_divergence, args) - 2 * args.desired_kl
-    return jax.lax.stop_gradient(2 * args.kl_barrier * jnp.maximum(excess, 0))
-
-
-def sum_of_squares(params: Any) -> Array:
-    """Returns the sum of the squared weights of all layers, biases and log_std left out."""
-    return sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(params) if x.ndim > 1)
 
 
 # --- Update ---
@@ -921,15 +638,6 @@ def make_optimizer(args: Args) -> optax.GradientTransformation:
     )
 
 
-def own_share(batch: Any, args: Args) -> Any:
-    """Returns the rows of a minibatch [B, ...] that are this process's: the P-th part."""
-    if not args.distributed:
-        return batch
-    processes = jax.lax.axis_size("process")
-    process = jax.lax.axis_index("process")
-    return jax.tree.map(lambda x: x.reshape(processes, -1, *x.shape[1:])[process], batch)
-
-
 def average_over_processes(tree: Any, args: Args) -> Any:
     """Returns a pytree whose leaves are the means over all processes."""
     if not args.distributed:
@@ -938,41 +646,11 @@ def average_over_processes(tree: Any, args: Args) -> Any:
     return unravel(jax.lax.pmean(flat, "process"))
 
 
-def loss_gradient(
-    learner: LearnerState, batch: Batch, network: nn.Module, args: Args
-) -> tuple[Any, dict[str, Array]]:
-    """Returns the gradient of ppo_loss in the parameters, like them, and its metrics.
-
-    They are means over equal parts of the minibatch, each of rows_at_once rows.
-    """
-    size = rows_at_once(batch.obs, args)
-    chunks = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), batch)
-
-    def gradient(chunk: Batch) -> tuple[Any, dict[str, Array]]:
-        slope = jax.grad(ppo_loss, has_aux=True)
-        return slope(learner.params, chunk, learner.schedule, network, args)
-
-    def add(total: tuple, chunk: Batch) -> tuple[tuple, None]:
-        return jax.tree.map(jnp.add, total, gradient(chunk)), None
-
-    one = jax.tree.map(lambda x: x[0], chunks)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, one))
-    total, _ = jax.lax.scan(add, zeros, chunks)
-    return jax.tree.map(lambda x: x * (size / len(batch.mask)), total)
-
-
-ROWS_IN_CACHE = 32  # of images: what these leave behind in a network fits a CPU's cache
-
-
-def rows_at_once(obs: Any, args: Args) -> int:
-    """Returns how many observations go through the network at once, a divisor of their number.
-
-    All of them, but on a CPU few images. A barrier on a minibatch's KL needs it whole.
-    """
-    rows = len(jax.tree.leaves(obs)[0])
-    if network_of(obs, args) == "mlp" or jax.default_backend() != "cpu" or args.kl_barrier:
-        return rows
-    return largest_divisor(rows, ROWS_IN_CACHE)
+def gather_envs(tree: Any, args: Args) -> Any:
+    """Returns a pytree of [T, N / P, ...] with all processes' environments: [T, N, ...]."""
+    if not args.distributed:
+        return tree
+    return jax.lax.all_gather(tree, "process", axis=1, tiled=True)
 
 
 def minibatch_step(
@@ -982,13 +660,17 @@ def minibatch_step(
     # As a weight of mean 1, the mask makes means over all rows means over experience
     batch = batch._replace(mask=batch.mask / jnp.maximum(jnp.mean(batch.mask), 1e-8))
     if args.norm_adv:
-        advantage = centre_and_scale(batch.advantage, batch.mask)
-        batch = batch._replace(advantage=advantage)
-    batch = own_share(batch, args)
-    grads, metrics = loss_gradient(learner, batch, network, args)
+        centred = batch.advantage - jnp.mean(batch.advantage * batch.mask)
+        deviation = jnp.sqrt(jnp.mean(jnp.square(centred) * batch.mask))
+        batch = batch._replace(advantage=centred / (deviation + 1e-8))
+    if args.distributed:  # each process takes its part of the rows
+        split = (jax.lax.axis_size("process"), -1)
+        process = jax.lax.axis_index("process")
+        batch = jax.tree.map(lambda x: x.reshape(*split, *x.shape[1:])[process], batch)
+    gradient = jax.grad(ppo_loss, has_aux=True)
+    grads, metrics = gradient(learner.params, batch, learner.schedule, network, args)
     grads, metrics = average_over_processes((grads, metrics), args)
-    optimizer = make_optimizer(args)
-    direction, opt_state = optimizer.update(grads, learner.opt_state, learner.params)
+    direction, opt_state = make_optimizer(args).update(grads, learner.opt_state)
     rate = learner.schedule.learning_rate
     params = jax.tree.map(lambda p, d: p - rate * d, learner.params, direction)
     return learner._replace(params=params, opt_state=opt_state), metrics
@@ -1022,14 +704,14 @@ def epoch_step(
     """Returns the carry after one pass over the rollout in M random minibatches, and metrics.
 
     Args:
-        batch: of the whole rollout, [T*N*K, ...].
-        rollout: normalised, for advantages that are recomputed.
+        batch: of the whole rollout, [T*N, ...].
+        rollout: of this process's environments, normalised, for advantages that are recomputed.
     """
     learner = epochs.learner
     if args.recompute_advantages:
-        _, value = apply_to_rollout(learner, rollout, network)
-        advantage, target = estimate_advantages(learner, rollout, value, args)
-        batch = batch._replace(advantage=advantage, target=target)
+        _, *evaluated = evaluate_rollout(learner, rollout, network)
+        advantage, target = gather_envs(evaluated, args)
+        batch = batch._replace(advantage=advantage.ravel(), target=target.ravel())
 
     def step(learner: LearnerState, rows: Array) -> tuple[LearnerState, dict[str, Array]]:
         minibatch = jax.tree.map(lambda x: x[rows], batch)  # [B, ...]
@@ -1040,8 +722,6 @@ def epoch_step(
     metrics = jax.tree.map(jnp.mean, metrics)
     metrics["ran"] = 1 - epochs.stopped.astype(batch.mask.dtype)
 
-    if args.adaptive_lr:
-        new = new._replace(schedule=steer_learning_rate(new.schedule, metrics["kl"], args))
     stopped = epochs.stopped
     if args.target_kl is not None:
         new = jax.tree.map(partial(jnp.where, stopped), learner, new)
@@ -1049,107 +729,40 @@ def epoch_step(
     return Epochs(learner=new, stopped=stopped), metrics
 
 
-def steer(divergence: Array, desired: float, factor: float, above: float, below: float) -> Array:
-    """Returns factor where the KL is above `above` times the desired one, 1 / factor below."""
-    shrink = jnp.where(divergence < below * desired, 1 / factor, 1)
-    return jnp.where(divergence > above * desired, factor, shrink)
+ROWS_AT_ONCE = 256  # of a rollout, for which a network is asked: what it takes stays small
 
 
-def steer_learning_rate(schedule: Schedule, divergence: Array, args: Args) -> Schedule:
-    """Returns the schedule after an epoch with that mean KL. Source: rl_games and RSL-RL."""
-    factor = steer(divergence, args.desired_kl, 1 / 1.5, 2, 0.5)
-    rate = jnp.clip(schedule.learning_rate * factor, 1e-6, 1e-2)
-    return schedule._replace(learning_rate=rate)
-
-
-def apply_to_rollout(
+def evaluate_rollout(
     learner: LearnerState, rollout: Transition, network: nn.Module
-) -> tuple[Any, Array]:
-    """Returns policy and values, [T + 1, N, K, ...], of a normalised rollout's observations.
-
-    Those of the rollout are known already, but not of the last observation, nor of other copies.
-    """
-    copies = jax.tree.leaves(rollout.obs)[0].shape[2]
-    if rollout.said is not None and copies == 1:
-        last = jax.tree.map(lambda x: x[-1, :, 0], rollout.obs)
-        of_last = network.apply(learner.params, last)
-        found = jax.tree.map(lambda x, y: jnp.concatenate([x, y[None]]), rollout.said, of_last)
-        return jax.tree.map(lambda x: x[:, :, None], found)
-    axes = jax.tree.leaves(rollout.obs)[0].shape[:3]
-    flat_obs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), rollout.obs)
-    size = rows_at_once(flat_obs, network.args)
-    chunks = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), flat_obs)
-    found = jax.lax.map(partial(network.apply, learner.params), chunks)
-    return jax.tree.map(lambda x: x.reshape(*axes, *x.shape[2:]), found)
-
-
-def estimate_advantages(
-    learner: LearnerState, rollout: Transition, value: Array, args: Args
-) -> tuple[Array, Array]:
-    """Returns advantages and targets, each [T*N*K], from values [T + 1, N, K].
-
-    Copies of an observation have the original's advantage and target.
-    """
+) -> tuple[tuple[Categorical, Array], Array, Array]:
+    """Returns policy and values, [T + 1, N, ...], advantages and targets, [T, N]."""
+    steps = max(ROWS_AT_ONCE // rollout.mask.shape[1], 1)
+    ask = partial(network.apply, learner.params)
+    policy, value = jax.lax.map(ask, rollout.obs, batch_size=steps)
     schedule = learner.schedule
-    advantage, target = compute_gae(rollout, value[:, :, 0], schedule.gamma, schedule.gae_lambda)
-    if args.norm_adv_once:
-        per_env = jax.vmap(centre_and_scale, in_axes=1, out_axes=1)
-        advantage = per_env(advantage, rollout.mask)
-    copies = value.shape[2]
-    return jnp.repeat(advantage, copies), jnp.repeat(target, copies)
-
-
-def update_statistics(
-    learner: LearnerState, rollout: Transition, args: Args
-) -> tuple[Any, RunningStats]:
-    """Returns the statistics of observations and of returns that also hold a raw rollout."""
-    obs_stats = learner.obs_stats
-    return_stats = learner.return_stats
-    if args.norm_obs:
-        original = jax.tree.map(lambda x: x[:-1, :, 0], rollout.obs)  # of an observation's copies
-        update_leaf = partial(update_stats, mask=rollout.mask)
-        obs_stats = jax.tree.map(update_leaf, original, obs_stats)
-    if args.norm_reward:
-        return_stats = update_stats(rollout.discounted_return, return_stats, rollout.mask)
-    return obs_stats, return_stats
+    advantage, target = compute_gae(rollout, value, schedule.gamma, schedule.gae_lambda)
+    if network.args.norm_adv_once:
+        weight = rollout.mask / jnp.maximum(jnp.mean(rollout.mask, axis=0), 1e-8)
+        advantage -= jnp.mean(advantage * weight, axis=0)
+        advantage /= jnp.sqrt(jnp.mean(jnp.square(advantage) * weight, axis=0)) + 1e-8
+    return (policy, value), advantage, target
 
 
 def make_batch(learner: LearnerState, rollout: Transition, network: nn.Module, args: Args) -> Batch:
-    """Returns what the losses see of a normalised rollout: leaves [T*N*K, ...]."""
-
-    def rows(x: Array) -> Array:  # of T steps, not of the last observation
-        return x[:-1].reshape(-1, *x.shape[3:])
-
-    policy, value = apply_to_rollout(learner, rollout, network)
-    advantage, target = estimate_advantages(learner, rollout, value, args)
-    policy = jax.tree.map(rows, policy)
-    copies = value.shape[2]
-    action = rollout.action.reshape(-1, *rollout.action.shape[2:])
-    action = jnp.repeat(action, copies, axis=0)
-    return Batch(
-        obs=jax.tree.map(rows, rollout.obs),
-        action=action,
+    """Returns what the losses see of a normalised rollout of [T, N / P, ...]: leaves [T*N, ...]."""
+    seen, advantage, target = evaluate_rollout(learner, rollout, network)
+    policy, value = jax.tree.map(lambda x: x[:-1], seen)  # not of the last observation
+    batch = Batch(
+        obs=rollout.obs[:-1],
+        action=rollout.action,
         policy=policy,
-        log_prob=log_prob(policy, action),
-        value=rows(value),
+        log_prob=log_prob(policy, rollout.action),
+        value=value,
         advantage=advantage,
         target=target,
-        mask=jnp.repeat(rollout.mask.reshape(-1), copies),
+        mask=rollout.mask,
     )
-
-
-def correct_for_age(learner: LearnerState, rollout: Transition, network: nn.Module) -> Transition:
-    """Returns an older policy's normalised rollout as the learner's policy would weigh it.
-
-    The network is asked anew, so that clip ranges lie around its own policy and values; the mask
-    weighs each step by how much likelier its action is now, pi(a|s) / pi_older(a|s).
-    Source: the decoupled objective of Hilton et al. 2021, arXiv 2110.00641.
-    """
-    older_policy, _ = rollout.said
-    found = apply_to_rollout(learner, rollout._replace(said=None), network)
-    policy, value = jax.tree.map(lambda x: x[:-1, :, 0], found)
-    weight = jnp.exp(log_prob(policy, rollout.action) - log_prob(older_policy, rollout.action))
-    return rollout._replace(said=(policy, value), mask=rollout.mask * weight)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), gather_envs(batch, args))
 
 
 def anneal(learner: LearnerState, args: Args) -> Schedule:
@@ -1163,8 +776,6 @@ def anneal(learner: LearnerState, args: Args) -> Schedule:
         schedule = schedule._replace(learning_rate=left(schedule.learning_rate))
     if args.anneal_clip:
         schedule = schedule._replace(clip_coef=left(schedule.clip_coef))
-    if args.anneal_ent:
-        schedule = schedule._replace(ent_coef=left(schedule.ent_coef))
     return schedule
 
 
@@ -1173,140 +784,135 @@ def count_episodes(
 ) -> tuple[LearnerState, dict[str, Array]]:
     """Returns the learner with the episodes that ended in a rollout counted, and metrics."""
     ended = rollout.ended  # [T, N]
-    any_ended = jnp.any(ended)
-    mean_return = masked_mean(rollout.episodic_return, ended)
-    mean_length = masked_mean(rollout.episodic_length, ended)
-
-    size = len(learner.returns)
-    known = jnp.arange(size) >= size - learner.episodes
-    known = jnp.concatenate([known, ended.ravel() > 0])
-    returns = jnp.concatenate([learner.returns, rollout.episodic_return.ravel()])
-    place = jnp.where(known, jnp.arange(len(known)), -1)
-    last = jnp.sort(place)[-size:]  # -1 where fewer are known
-    known = (last >= 0).astype(returns.dtype)
-    returns = jnp.where(known > 0, returns[last], 0)
-    episodes = learner.episodes + jnp.sum(ended).astype(learner.episodes.dtype)
-
-    metrics = {
-        "charts/episodic_return": jnp.where(any_ended, mean_return, jnp.nan),
-        "charts/episodic_length": jnp.where(any_ended, mean_length, jnp.nan),
-        "charts/episodic_return_100": jnp.where(episodes, masked_mean(returns, known), jnp.nan),
+    number = jnp.sum(ended)
+    returns = jnp.where(ended > 0, rollout.episodic_return, -jnp.inf)
+    returns = jnp.concatenate([learner.returns, returns.ravel()])
+    known_last = jnp.argsort(returns > -jnp.inf)  # in their order
+    returns = returns[known_last[-len(learner.returns) :]]
+    known = returns > -jnp.inf
+    metrics = {  # NaN where no episode has ended
+        "charts/episodic_return": jnp.sum(rollout.episodic_return * ended) / number,
+        "charts/episodic_length": jnp.sum(rollout.episodic_length * ended) / number,
+        "charts/episodic_return_100": jnp.sum(jnp.where(known, returns, 0)) / jnp.sum(known),
     }
+    episodes = learner.episodes + number.astype(jnp.int32)
     return learner._replace(episodes=episodes, returns=returns), metrics
+
+
+def rollout_samples(rollout: Transition) -> dict[str, Array]:
+    """Returns what histograms show: of about a thousand steps [K, _]."""
+    samples = {}
+    for name in ("obs", "action", "reward"):
+        x = getattr(rollout, name)
+        rows = x.reshape(x.shape[0] * x.shape[1], -1)
+        samples[f"rollout/{name}"] = rows[:: len(rows) // 1000 + 1, :: rows.shape[1] // 1000 + 1]
+    return samples
 
 
 def update(
     learner: LearnerState, rollout: Transition, network: nn.Module, args: Args
 ) -> tuple[LearnerState, dict[str, Array]]:
-    """Returns the learner after E epochs over a rollout, and metrics, scalars.
+    """Returns the learner after E epochs over a rollout, and metrics: scalars, and samples [K, _].
+
+    P processes compute what one does: each asks the network about its own environments, and
+    takes its part of each minibatch's rows; all else they know in common.
 
     Args:
-        rollout: leaves [T, N, ...], observations [T + 1, N, K, ...], as the environment gave them.
+        rollout: of this process's environments, leaves [T, N / P, ...], observations
+            [T + 1, N / P, ...], as the environment gave them.
     """
-    if args.distributed:  # everybody sees the whole rollout: P processes compute what one does
-        rollout = jax.lax.all_gather(rollout, "process", axis=1, tiled=True)
+    own_rollout = rollout
+    rollout = gather_envs(own_rollout, args)
 
     # The policy acted on observations scaled by the old statistics; rewards take the new ones
-    obs_stats, return_stats = update_statistics(learner, rollout, args)
-    obs = jax.tree.map(partial(normalize, bound=args.clip_obs), rollout.obs, learner.obs_stats)
+    obs_stats, return_stats = learner.obs_stats, learner.return_stats
+    if args.norm_obs:
+        obs_stats = update_stats(rollout.obs[:-1], obs_stats, rollout.mask)
+    if args.norm_reward:
+        return_stats = update_stats(rollout.discounted_return, return_stats, rollout.mask)
     scale = return_stats._replace(mean=jnp.zeros_like(return_stats.mean))
-    reward = normalize(rollout.reward, scale, args.clip_reward)
-    scaled = rollout._replace(obs=obs, reward=reward)
-    if args.overlap:
-        scaled = correct_for_age(learner, scaled, network)
+    scaled = own_rollout._replace(
+        obs=normalize(own_rollout.obs, learner.obs_stats, args.clip_obs),
+        reward=normalize(own_rollout.reward, scale, args.clip_reward),
+    )
 
-    given = learner.schedule
+    given = learner.schedule  # which annealing leaves alone
     learner = learner._replace(schedule=anneal(learner, args))
     batch = make_batch(learner, scaled, network, args)
 
     key = jax.random.fold_in(learner.key, 2 * learner.iteration + 1)
     shuffle_keys = jax.random.split(key, args.update_epochs)
-    asking = scaled._replace(said=None)  # epochs change the network, and ask it again
-    step = partial(epoch_step, batch=batch, rollout=asking, network=network, args=args)
+    step = partial(epoch_step, batch=batch, rollout=scaled, network=network, args=args)
     epochs = Epochs(learner=learner, stopped=jnp.array(False))
     (learner, _), seen = jax.lax.scan(step, epochs, shuffle_keys)
 
     ran = seen.pop("ran")  # [E], 0 after an early stop
     metrics = {f"losses/{name}": masked_mean(x, ran) for name, x in seen.items()}
-    metrics["losses/explained_variance"] = explained_variance(batch.value, batch.target, batch.mask)
+    unexplained = masked_var(batch.target - batch.value, batch.mask)
+    explained = 1 - unexplained / jnp.maximum(masked_var(batch.target, batch.mask), 1e-8)
+    metrics["losses/explained_variance"] = explained
     metrics["charts/learning_rate"] = learner.schedule.learning_rate
-    metrics |= spread(batch.policy)
+    probability = jax.nn.softmax(batch.policy.logits)
+    metrics["policy/most_likely"] = jnp.mean(jnp.max(probability, axis=-1))
     metrics["policy/param_norm"] = optax.tree.norm(learner.params)
-    metrics["policy/kl_coef"] = given.kl_coef
     metrics["policy/epochs"] = jnp.sum(ran)
-
-    if args.adaptive_lr:
-        given = given._replace(learning_rate=learner.schedule.learning_rate)
-    if args.objective == "kl-penalty":
-        policy, _ = network.apply(learner.params, batch.obs)
-        divergence = masked_mean(kl(batch.policy, policy), batch.mask)
-        factor = steer(divergence, args.desired_kl, *args.kl_rule)
-        given = given._replace(kl_coef=given.kl_coef * factor)
     learner = learner._replace(
         obs_stats=obs_stats,
         return_stats=return_stats,
         schedule=given,
         iteration=learner.iteration + 1,
     )
+    must_be_finite = {  # in the order in which they arise, which is that of the alphabet
+        "bad/1 the environment's observation": rollout.obs,
+        "bad/2 the environment's reward": rollout.reward,
+        "bad/3 the discounted return": rollout.discounted_return,
+        "bad/4 a running statistic": (obs_stats, return_stats),
+        "bad/5 a parameter of the network": (learner.params, learner.opt_state),
+    }
+    metrics |= {name: ~all_finite(tree) for name, tree in must_be_finite.items()}
     learner, episode_metrics = count_episodes(learner, rollout)
-    return learner, metrics | episode_metrics
+    return learner, metrics | episode_metrics | rollout_samples(rollout)
 
 
 # --- Environments ---
-class TimeStep(NamedTuple):  # what S*N environments return, leaves [S*N, ...]
-    obs: Any  # float32 [S*N, K, ...]; after an episode's last, the next step has a new one's first
+class TimeStep(NamedTuple):  # what environments show, leaves [S, N, ...]
+    obs: Array  # float32 [S, N, D], or images; the step after an episode's last shows a new one's
     reward: Array
     terminated: Array  # bool
     truncated: Array  # bool; never both
-    over: Array  # bool, whether the game is over: a lost life only counts as terminated
-
-
-def make_time_step(
-    obs: Any, reward: Array, terminated: Array, truncated: Array, over: Array | None = None
-) -> TimeStep:
-    """Returns what an environment shows; an end that is both counts as terminated.
-
-    Args:
-        over: whether the game is over, where that is not whether the episode has ended.
-    """
-    ended = terminated | truncated
-    return TimeStep(
-        obs=obs,
-        reward=reward.astype("float32"),
-        terminated=terminated,
-        truncated=truncated & ~terminated,
-        over=ended if over is None else over,
-    )
+    over: Array | None = None  # bool, whether a game is over: lost lives only count as terminated
 
 
 class Environment(NamedTuple):  # S*N environments behind one function
-    native: bool  # pure JAX: rollouts run where updates do
     first: tuple[Any, TimeStep]  # env_state, and what it shows after a reset
-    restart: Callable[[Any], tuple[Any, TimeStep]]  # env_state to the same, after another reset
-    step: Callable[[Any, Array], tuple[Any, TimeStep]]  # (env_state, action [S*N, *space.shape])
+    step: Callable[[Any, Array], tuple[Any, TimeStep]]  # (env_state, action [S, N, *space.shape])
     observation_space: spaces.Space  # of one environment, as it gives observations
     action_space: spaces.Space
     threshold: float | None  # mean return from which the environment counts as solved
-    failures: list[str]  # what went wrong on the host, first things first; its steps are void
-    render: Callable[[Any], np.ndarray]  # env_state to a frame [height, width, 3] of the first
+    render: Callable | None  # env_state to a frame [height, width, 3] of the first
 
 
-def make_env(args: Args, env_seeds: list[int], render: bool = False) -> Environment:
-    """Returns environments with Discrete actions, one per seed.
-
-    Stops (2) at other actions, at observations that --network cannot take, and as open_env does.
-    """
-    if args.obs == "ram" and not is_atari(args.env_id):
-        fail(f"--obs ram is for EnvPool's Atari games, not for {args.env_id}: leave it out")
-    env = open_env(args, env_seeds, render)
+def make_env(args: Args, env_seeds: list[int]) -> Environment:
+    """Returns one environment per seed. Raises: InputError at unknown ids and other actions."""
+    sys.path.append(os.getcwd())  # where a user's module may be, wherever this script lies
+    if args.native:
+        env = make_native(args, env_seeds)
+    elif args.env_id in envpool.list_all_envs():
+        env = make_envpool(args, env_seeds)
+    else:
+        if ":" not in args.env_id:
+            require_known(args.env_id, [*envpool.list_all_envs(), *gymnasium.registry])
+        env = make_gymnasium(args, env_seeds)
     if not isinstance(env.action_space, spaces.Discrete):
-        kind = type(env.action_space).__name__
-        fail(f"--env-id {args.env_id} has {kind} actions: this script is for Discrete actions")
-    frames = args.frame_stack
+        raise InputError(
+            f"--env-id {args.env_id}: {env.action_space} is not one choice; for numbers there is"
+            " ppo_continuous.py, for several choices ppo_icm_lstm.py, for teams ppo_multiagent.py"
+        )
+    frames = args.frame_stack or 1
     if is_atari(args.env_id) and args.obs == "pixels":
         frames = 1  # EnvPool stacks pixels itself
-    elif frames is None:
-        frames = 4 if is_atari(args.env_id) else 1
+    elif is_atari(args.env_id):
+        frames = args.frame_stack or 4
     if frames > 1:
         env = stack_frames(env, frames)
     require_network(env, args)
@@ -1314,82 +920,68 @@ def make_env(args: Args, env_seeds: list[int], render: bool = False) -> Environm
 
 
 def require_network(env: Environment, args: Args) -> None:
-    """Stops with exit code 2 where --network cannot take the environment's observations."""
-    _, first = env.first
-    obs = jax.tree.map(lambda x: x[:1, 0], first.obs)
-    leaves = jax.tree.leaves(obs)
+    """Raises InputError where --network cannot take the environment's observations."""
+    obs = env.first[1].obs[0, :1]
+    shape = obs.shape[1:]
     name = network_of(obs, args)
     if name == "mlp":
         return
-    if len(leaves) > 1 or leaves[0].ndim not in (3, 4, 5):
-        shapes = [x.shape[1:] for x in leaves]
-        fail(f"--network {name} is for one image, and {args.env_id} shows {shapes}: --network mlp")
-    image = jax.eval_shape(channels_last, leaves[0])
-    if name != "impala":
-        height, width = image.shape[1:3]
-        for _, size, stride in PLAIN[name][0]:
-            if min(height, width) < size:
-                fail(f"--network {name} is for larger images than {image.shape[1:3]}: try small")
-            height = (height - size) // stride + 1
-            width = (width - size) // stride + 1
+    if obs.ndim < 3:
+        raise InputError(f"--network {name} is for images, {args.env_id} shows {shape}: take mlp")
+    if obs.ndim > 3 and channels_first(shape[-3:], args) is None:
+        note(f"channels of images {shape} are read as the last axis; if not: --channels first")
+    height, width = jax.eval_shape(partial(channels_last, args=args), obs).shape[1:3]
+    layers, _ = PLAIN.get(name, ((), 0))
+    for _, size, stride in layers:
+        if min(height, width) < size:
+            raise InputError(f"--network {name} is for larger images than {shape}: try small")
+        height = (height - size) // stride + 1
+        width = (width - size) // stride + 1
 
 
 def stack_frames(env: Environment, count: int) -> Environment:
     """Returns environments that show their last `count` observations, the oldest first.
 
     Images are stacked on a new first axis, vectors joined. An episode's first observation stands
-    for those before it.
+    for those before it. Raises: InputError where observations are not numbers.
     """
+    space = env.observation_space
+    if not isinstance(space, spaces.Box) or len(space.shape) > 3:
+        raise InputError(f"--frame-stack is for numbers and images, not {space}: leave it out")
+    low = np.stack([space.low] * count)
+    high = np.stack([space.high] * count)
+    if not is_image(space):
+        low = low.ravel()
+        high = high.ravel()
 
-    def repeated(x: Array) -> Array:
-        return jnp.repeat(x[:, None], count, axis=1)
-
-    def show(time_step: TimeStep, frames: Any) -> TimeStep:
-        return time_step._replace(obs=jax.tree.map(join_frames, frames))
-
-    def add(fresh: Array, old: Array, x: Array) -> Array:
-        moved = jnp.concatenate([old[:, 1:], x[:, None]], axis=1)
-        return jnp.where(fresh.reshape(-1, *(1,) * (old.ndim - 1)), repeated(x), moved)
+    def show(new: TimeStep, frames: Array) -> TimeStep:  # frames [S, N, count, ...]
+        if is_image(space):
+            return new._replace(obs=frames)
+        return new._replace(obs=frames.reshape(*frames.shape[:2], -1))
 
     def step(env_state: tuple, action: Array) -> tuple[tuple, TimeStep]:
-        inner, frames, fresh = env_state
+        inner, frames, over = env_state
         inner, new = env.step(inner, action)
-        frames = jax.tree.map(partial(add, fresh), frames, new.obs)
-        return (inner, frames, new.over), show(new, frames)
+        newest = new.obs[:, :, None]
+        moved = jnp.concatenate([frames[:, :, 1:], newest], axis=2)
+        frames = jnp.where(over.reshape(*over.shape, *(1,) * (frames.ndim - 2)), newest, moved)
+        return (inner, frames, game_over(new)), show(new, frames)
 
-    def begin(env_state: Any, first: TimeStep) -> tuple[tuple, TimeStep]:
-        frames = jax.tree.map(repeated, first.obs)
-        return (env_state, frames, first.over), show(first, frames)
-
+    inner, first = env.first
+    frames = jnp.repeat(first.obs[:, :, None], count, axis=2)
     return env._replace(
-        first=begin(*env.first),
-        restart=lambda env_state: begin(*env.restart(env_state[0])),
+        first=((inner, frames, game_over(first)), show(first, frames)),
         step=step,
-        observation_space=stack_space(env.observation_space, count),
-        render=lambda env_state: env.render(env_state[0]),
+        observation_space=spaces.Box(low, high, dtype=space.dtype),
+        render=env.render and (lambda env_state: env.render(env_state[0])),
     )
 
 
-def join_frames(frames: Array) -> Array:
-    """Returns frames [S*N, count, K, ...] as one observation [S*N, K, ...]."""
-    frames = jnp.moveaxis(frames, 1, 2)
-    if frames.ndim == 4:  # vectors
-        return frames.reshape(*frames.shape[:2], -1)
-    return frames
-
-
-def stack_space(space: spaces.Space, count: int) -> spaces.Space:
-    """Returns the space of stacked observations. Stops (2) where they are not numbers."""
-    if isinstance(space, spaces.Dict):
-        return spaces.Dict({name: stack_space(part, count) for name, part in space.items()})
-    if not isinstance(space, spaces.Box):
-        fail(f"--frame-stack is for observations of numbers, not {space}: leave it out")
-    low = np.stack([space.low] * count)
-    high = np.stack([space.high] * count)
-    if space.low.ndim == 1:
-        low = low.ravel()
-        high = high.ravel()
-    return spaces.Box(low, high, dtype=space.dtype)
+def game_over(time_step: TimeStep) -> Array:
+    """Returns whether a game is over, bool [S, N]; of all but Atari, whether an episode is."""
+    if time_step.over is None:
+        return time_step.terminated | time_step.truncated
+    return time_step.over
 
 
 def is_atari(env_id: str) -> bool:
@@ -1397,11 +989,76 @@ def is_atari(env_id: str) -> bool:
     return "atari" in str(envpool.registration.registry.specs.get(env_id, ""))
 
 
-def envpool_settings(args: Args) -> dict:
-    """Returns keyword arguments of EnvPool's constructor: the protocol's, and --env-kwargs."""
-    settings = {}
-    if is_atari(args.env_id):
-        settings = {
+def require_known(env_id: str, known: Iterable[str]) -> None:
+    """Raises InputError at an id that is none of the known ones, naming the nearest."""
+    known = set(known)
+    if env_id not in known:
+        nearest = ", ".join(difflib.get_close_matches(env_id, known)) or "none"
+        raise InputError(f"--env-id {env_id} is unknown; nearest: {nearest}")
+
+
+@contextmanager
+def beside_environments(args: Args) -> Iterator[None]:
+    """In this block JAX computes on the CPU, in the float64 that EnvPool's MuJoCo speaks.
+
+    Environments in JAX need neither. Everything of ours is float32 in either case.
+    """
+    if args.native:
+        yield
+    else:
+        with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
+            yield
+
+
+def flat(obs: Any, space: spaces.Space | dict) -> Array:
+    """Returns the numbers [..., D] of observations of a space, with any leading axes.
+
+    Images are as they were, float32 where they are not of bytes. Choices are one-hot; one that is
+    not of its space is no number, which stops the run. Raises: InputError for a space that
+    networks cannot take.
+    """
+    if is_image(space):
+        image = jnp.asarray(obs)
+        return image if image.dtype == jnp.uint8 else image.astype(jnp.float32)
+    if isinstance(space, dict | spaces.Dict):
+        parts = [flat(obs[name], part) for name, part in space.items()]
+    elif isinstance(space, spaces.Tuple):
+        parts = [flat(x, part) for x, part in zip(obs, space, strict=True)]
+    elif isinstance(space, spaces.Discrete):
+        choice = jnp.asarray(obs)[..., None] - int(space.start)
+        known = (choice >= 0) & (choice < int(space.n))
+        parts = [jnp.where(known, choice == np.arange(space.n), jnp.nan)]
+    elif isinstance(space, spaces.MultiDiscrete):
+        rows = jnp.asarray(obs).reshape(*np.shape(obs)[: np.ndim(obs) - space.nvec.ndim], -1)
+        choices = zip(space.nvec.ravel(), space.start.ravel(), strict=True)
+        each = [spaces.Discrete(n, start=start) for n, start in choices]
+        parts = [flat(rows[..., i], part) for i, part in enumerate(each)]
+    elif isinstance(space, spaces.Box | spaces.MultiBinary):
+        numbers = jnp.asarray(obs)
+        parts = [numbers.reshape(*numbers.shape[: numbers.ndim - len(space.shape)], -1)]
+    else:
+        raise InputError(f"observations of space {space} are nothing that a network can take")
+    return jnp.concatenate([x.astype(jnp.float32) for x in parts], axis=-1)
+
+
+def split_seeds(
+    obs: Any, reward: Array, terminated: Array, truncated: Array, args: Args
+) -> TimeStep:
+    """Returns what S*N environments show; an end that is both counts as terminated."""
+    shown = TimeStep(obs, reward.astype(np.float32), terminated, truncated & ~terminated)
+    return jax.tree.map(lambda x: x.reshape(args.num_seeds, -1, *x.shape[1:]), shown)
+
+
+def make_envpool(args: Args, env_seeds: list[int]) -> Environment:
+    """Returns EnvPool's environments: send and recv are XLA calls, inside of the compiled scan.
+
+    Where an Atari game is over it says itself, as with episodic_life a lost life ends an episode.
+    """
+    size = len(env_seeds)
+    atari = is_atari(args.env_id)
+    kwargs = {}
+    if atari:
+        kwargs = {
             "episodic_life": args.episodic_life,  # in eval mode too: its reset presses FIRE
             "use_fire_reset": args.fire_reset,
             "noop_max": args.noop_max,
@@ -1409,284 +1066,115 @@ def envpool_settings(args: Args) -> dict:
             "full_action_space": args.full_action_space,
             "stack_num": args.frame_stack or 4,
         }
-    return settings | read_env_kwargs(args)
-
-
-def open_env(args: Args, env_seeds: list[int], render: bool = False) -> Environment:
-    """Returns one environment per seed.
-
-    Args:
-        render: whether it can be filmed.
-
-    Stops with exit code 2, in one line, if the id is unknown, the environment cannot be made, or
-    it has a space that networks cannot take.
-    """
-    env_id = args.env_id
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # where a user's module may be, wherever this script lies
-    make = make_gymnasium
-    if env_id in envpool.list_all_envs():
-        make = make_envpool
-    elif is_native(args):
-        make = make_native
-    elif ":" not in env_id:
-        require_known(env_id, [*envpool.list_all_envs(), *gymnasium.registry])
-    try:
-        env = make(args, env_seeds, render)
-        encoded_size(env.observation_space)
-    except Exception as error:  # whatever other people's constructors raise
-        fail(f"--env-id {env_id} cannot be made (see also --env-kwargs): {describe(error)}")
-    if env.action_space.shape is not None and math.prod(env.action_space.shape) == 0:
-        fail(f"--env-id {env_id} has an empty action space: {env.action_space}")
-    return env
-
-
-def acting_device(space: spaces.Space | dict, args: Args) -> jax.Device:
-    """Returns where policies of host-side environments act.
-
-    Small networks are done before an accelerator has been asked; for images it is worth the way.
-    """
-    images = any(x.ndim > 1 for x in jax.tree.leaves(empty_obs(space)))
-    if args.act_on == "device" or (args.act_on == "auto" and images):
-        return jax.local_devices()[0]
-    return cpu()
-
-
-def cpu() -> jax.Device:
-    """Returns the device beside host-side environments."""
-    return jax.local_devices(backend="cpu")[0]
-
-
-def require_known(env_id: str, known: list[str]) -> None:
-    """Stops with exit code 2 at an id that is none of the known ones, naming the nearest."""
-    if env_id not in known:
-        nearest = ", ".join(difflib.get_close_matches(env_id, sorted(set(known)))) or "none"
-        fail(f"--env-id {env_id} is unknown; nearest: {nearest}")
-
-
-def describe(error: BaseException) -> str:
-    """Returns an error in one line: type, message, and the line of the user's code that raised."""
-    frames = traceback.extract_tb(error.__traceback__)
-    foreign = [x for x in frames if x.filename != __file__]
-    own = [x for x in foreign if "site-packages" not in x.filename and "<" not in x.filename]
-    place = ""
-    if foreign:
-        frame = (own or foreign)[-1]
-        place = f" ({Path(frame.filename).name}, line {frame.lineno}, in {frame.name})"
-    return f"{type(error).__name__}: {error}{place}"
-
-
-def make_envpool(args: Args, env_seeds: list[int], render: bool) -> Environment:
-    """Returns EnvPool's environments: send and recv are XLA calls, inside of the compiled scan.
-
-    Where an Atari game is over it says itself, as with episodic_life a lost life ends an episode.
-    """
-    settings = envpool_settings(args)
-    if render:
-        settings["render_mode"] = "rgb_array"
-    size = len(env_seeds)
-    pool = envpool.make(
-        args.env_id, env_type="gymnasium", num_envs=size, seed=env_seeds, **settings
-    )
+    kwargs |= json.loads(args.env_kwargs)
+    pool = envpool.make_gymnasium(args.env_id, num_envs=size, seed=env_seeds, **kwargs)
     handle, recv, send, _ = pool.xla()
-    ids = np.arange(size, dtype=np.int32)
-    action_dtype = list(pool.spec.action_array_spec.values())[-1].dtype
-    atari = is_atari(args.env_id)
     space = pool.observation_space
     if args.obs == "ram":
         space = spaces.Box(0, 255, (128,), np.uint8)
+    dtype = list(pool.spec.action_array_spec.values())[-1].dtype
 
     def receive(handle: Array) -> tuple[Array, TimeStep]:
         handle, (obs, reward, terminated, truncated, info) = recv(handle)
-        over = None
-        if atari:
-            over = truncated | (info["terminated"] > 0)
         if args.obs == "ram":
             obs = info["ram"]
-        obs = jax.tree.map(lambda x: x[:, None], obs)  # K = 1
-        return handle, make_time_step(encode_obs(obs, space), reward, terminated, truncated, over)
+        new = split_seeds(flat(obs, space), reward, terminated, truncated, args)
+        if atari:
+            over = truncated | (info["terminated"] > 0)
+            new = new._replace(over=over.reshape(new.reward.shape))
+        return handle, new
 
     def step(handle: Array, action: Array) -> tuple[Array, TimeStep]:
-        return receive(send(handle, action.astype(action_dtype), ids))
+        action = action.reshape(size, *action.shape[2:]).astype(dtype)
+        return receive(send(handle, action, np.arange(size, dtype=np.int32)))
 
-    def host_reset(handle: Array) -> Array:
-        pool.async_reset()
-        return handle
-
-    def restart(handle: Array) -> tuple[Array, TimeStep]:
-        return receive(io_callback(host_reset, handle, handle, ordered=True))
-
-    first = jax.block_until_ready(jax.jit(restart)(jnp.asarray(handle)))
+    pool.async_reset()
     return Environment(
-        native=False,
-        first=first,
-        restart=restart,
+        first=jax.block_until_ready(jax.jit(receive)(jnp.asarray(handle))),
         step=step,
         observation_space=space,
         action_space=pool.action_space,
         threshold=getattr(pool.spec.config, "reward_threshold", None),
-        failures=[],
         render=lambda _: np.asarray(pool.render()[0]),
     )
 
 
-class ObservationCopies(gymnasium.ObservationWrapper):
-    """An environment that shows each observation as K copies: [K, ...].
+def as_number(x: np.ndarray) -> np.ndarray:
+    """Returns an array of observations as float32, or as it is where it is of bytes."""
+    return x if x.dtype == np.uint8 else x.astype(np.float32)
 
-    K is 1, but for environments with a method augment_observation(obs), which returns K
-    observations, the original first. Raises: ValueError if K changes.
+
+class PlainStep(gymnasium.Wrapper):
+    """An environment whose rewards are numbers and whose infos are nobody's business.
+
+    But for `info["non-terminal done"]`, PPO-and-friends' key, which makes an end a truncation.
     """
 
-    def __init__(self, env: gymnasium.Env) -> None:
-        super().__init__(env)
-        encoded_size(env.observation_space)
-        self.augment = partial(jax.tree.map, lambda x: np.asarray(x)[None])
-        if env.has_wrapper_attr("augment_observation"):
-            self.augment = env.get_wrapper_attr("augment_observation")
-        self.copies = self.count(self.augment(env.observation_space.sample()))
-        self.single_space = env.observation_space
-        self.observation_space = gymnasium.vector.utils.batch_space(self.single_space, self.copies)
+    def reset(self, **options: Any) -> tuple[Any, dict]:
+        obs, _ = self.env.reset(**options)
+        return obs, {}
 
-    def count(self, copies: Any) -> int:
-        return len(jax.tree.leaves(copies)[0])
-
-    def observation(self, obs: Any) -> Any:
-        copies = self.augment(obs)
-        if self.count(copies) != self.copies:
-            before = f"augment_observation returned {self.copies} observations"
-            raise ValueError(f"{before}, and now {self.count(copies)}")
-        return copies
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        lasting = bool(terminated and info.get("non-terminal done", False))
+        reward = np.asarray(reward).item()
+        return obs, reward, terminated and not lasting, truncated or lasting, {}
 
 
-WRAPPERS = [ObservationCopies]  # of each Gymnasium environment
-
-
-@contextmanager
-def children_ignore_signals() -> Iterator[None]:
-    """Processes started in this block leave SIGINT and SIGTERM to this one, which ends them."""
-    before = [(x, signal.signal(x, signal.SIG_IGN)) for x in (signal.SIGINT, signal.SIGTERM)]
-    yield
-    for number, handler in before:
-        signal.signal(number, handler)
-
-
-def make_vector(args: Args, size: int, render: bool) -> gymnasium.vector.VectorEnv:
-    """Returns a Gymnasium vector environment that resets on the step after an episode's end."""
-    settings = read_env_kwargs(args)
-    if render:
-        settings["render_mode"] = "rgb_array"
-    make = partial(
-        gymnasium.make_vec,
+def make_gymnasium(args: Args, env_seeds: list[int]) -> Environment:
+    """Returns Gymnasium's environments, on the host, called in order from the compiled rollout."""
+    size = len(env_seeds)
+    # In shared memory, floats of an image that is said to be of bytes become zeros, silently
+    fork = {"context": "fork", "shared_memory": False}
+    vector = gymnasium.make_vec(
         args.env_id,
         num_envs=size,
         vectorization_mode=args.vectorization,
-        wrappers=WRAPPERS,
-        **settings,
+        vector_kwargs=fork if args.vectorization == "async" else {},
+        wrappers=[PlainStep],
+        **json.loads(args.env_kwargs),
     )
-    if args.vectorization == "sync":
-        return make()
-    with children_ignore_signals(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # JAX's: but children run no JAX
-        return make(vector_kwargs={"context": "fork"})
+    space = vector.single_observation_space
+    actions = vector.single_action_space
+    obs, _ = vector.reset(seed=env_seeds)
+    no = np.zeros(size, bool)
+    first = (jax.tree.map(as_number, obs), np.zeros(size, np.float32), no, no)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), first)
 
-
-def host_time_step(
-    obs: Any, reward: Any, terminated: np.ndarray, truncated: np.ndarray, info: dict
-) -> TimeStep:
-    """Returns what Gymnasium's environments show.
-
-    `info["non-terminal done"]` makes an end a truncation.
-    """
-    nonterminal = np.asarray(info.get("non-terminal done", False), bool)
-    truncated = truncated | (terminated & nonterminal)
-    terminated = terminated & ~nonterminal
-    with np.errstate(over="ignore"):  # infinite then, which stops the run
-        obs = jax.tree.map(as_number, obs)
-        return make_time_step(obs, np.asarray(reward), terminated, truncated)
-
-
-def make_gymnasium(args: Args, env_seeds: list[int], render: bool) -> Environment:
-    """Returns Gymnasium's environments, on the host, called in order from the compiled rollout.
-
-    An exception of the environment's code is written to `failures`; from then on steps do nothing.
-    """
-    vector = make_vector(args, len(env_seeds), render)
-    space = vector.single_action_space
-    single_space = vector.single_observation_space
-    if args.vectorization == "sync":
-        single_space = vector.envs[0].get_wrapper_attr("single_space")
-    else:
-        single_space = vector.get_attr("single_space")[0]
-    failures: list[str] = []
-
-    def host_reset(seeds: list[int] | None = None) -> TimeStep:
-        obs, _ = vector.reset(seed=seeds)
-        zeros = np.zeros(len(env_seeds))
-        return host_time_step(obs, zeros, zeros > 0, zeros > 0, {})
-
-    def host_step(action: Array) -> TimeStep:
-        return host_time_step(*vector.step(as_space_dtype(np.asarray(action), space)))
-
-    def guarded(function: Callable, *inputs: Array) -> TimeStep:
-        if failures:
-            return void
-        try:
-            return function(*inputs)
-        except Exception as error:  # whatever other people's environments raise
-            failures.append(f"--env-id {args.env_id} failed in a step: {describe(error)}")
-            return void
-
-    def encode(raw: TimeStep) -> TimeStep:
-        return raw._replace(obs=encode_obs(raw.obs, single_space))
+    def host_step(action: Array) -> tuple:
+        # JAX calls this in threads of its own, where it knows no float64
+        action = np.asarray(action).astype(actions.dtype)
+        if isinstance(actions, spaces.Box):
+            action = np.clip(action, actions.low, actions.high)
+        obs, reward, terminated, truncated, _ = vector.step(action)
+        return jax.tree.map(as_number, obs), np.float32(reward), terminated, truncated
 
     def step(env_state: tuple, action: Array) -> tuple[tuple, TimeStep]:
-        new = io_callback(partial(guarded, host_step), shapes, action, ordered=True)
-        return env_state, encode(new)
+        action = action.reshape(size, *action.shape[2:])
+        obs, *rest = io_callback(host_step, shapes, action, ordered=True)
+        return env_state, split_seeds(flat(obs, space), *rest, args)
 
-    def restart(env_state: tuple) -> tuple[tuple, TimeStep]:
-        new = io_callback(partial(guarded, host_reset), shapes, ordered=True)
-        return env_state, encode(new)
-
-    raw = host_reset(env_seeds)
-    void = jax.tree.map(np.zeros_like, raw)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), raw)
     return Environment(
-        native=False,
-        first=((), jax.tree.map(jnp.asarray, encode(raw))),
-        restart=restart,
+        first=((), split_seeds(flat(first[0], space), *first[1:], args)),
         step=step,
-        observation_space=single_space,
-        action_space=space,
+        observation_space=space,
+        action_space=actions,
         threshold=vector.spec.reward_threshold,
-        failures=failures,
         render=lambda _: np.asarray(vector.render()[0]),
     )
 
 
-class Task(NamedTuple):  # one JAX-native environment, as pure functions
+class Task(NamedTuple):  # one environment in JAX, as pure functions
     reset: Callable  # key to (obs, state)
     step: Callable  # (key, state, action) to (obs, state, reward, terminated, truncated, info)
     observation_space: spaces.Space
     action_space: spaces.Space
-    threshold: float | None = None
+    threshold: float | None = None  # mean return from which the environment counts as solved
     render: Callable | None = None  # state to a frame [height, width, 3]
 
 
-def need(args: Args, module: str, package: str) -> Any:
-    """Returns an imported module. Stops with exit code 2 where its package is missing."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of other people's dependencies
-            return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name != module.partition(".")[0]:
-            raise
-        fail(f"--env-id {args.env_id} needs the package {package}: pip install {package}")
-
-
-def gymnax_task(env: Any, params: Any, settings: dict) -> Task:
-    """Returns an environment of gymnax 1.0 or later, whose parameters `settings` changes."""
-    params = params.replace(**settings)
+def gymnax_task(env: Any, params: Any) -> Task:
+    """Returns an environment with the interface of gymnax 1.0 or later."""
 
     def step(key: Array, state: Any, action: Array) -> tuple:
         obs, state, reward, terminated, info = env.step_env(key, state, action, params)
@@ -1694,407 +1182,159 @@ def gymnax_task(env: Any, params: Any, settings: dict) -> Task:
 
     convert = importlib.import_module("gymnax.environments.spaces").gymnax_space_to_gym_space
     return Task(
-        reset=lambda key: env.reset_env(key, params),
+        reset=partial(env.reset_env, params=params),
         step=step,
         observation_space=convert(env.observation_space(params)),
         action_space=convert(env.action_space(params)),
     )
 
 
-def brax_task(env: Any, episode_length: int, render: Callable) -> Task:
-    """Returns an environment with Brax's interface, truncated after episode_length steps.
-
-    Of several observations, as MuJoCo Playground has them, the policy's is "state".
-
-    Args:
-        render: the environment's state to a frame.
-    """
-
-    def policy_obs(state: Any) -> Array:
-        return state.obs["state"] if isinstance(state.obs, dict) else state.obs
-
-    def reset(key: Array) -> tuple:
-        state = env.reset(key)
-        return policy_obs(state), (state, jnp.int32(0))
-
-    def step(key: Array, state: tuple, action: Array) -> tuple:
-        inner, time = state
-        inner = env.step(inner, action)
-        time += 1
-        truncated = time >= episode_length
-        return policy_obs(inner), (inner, time), inner.reward, inner.done > 0, truncated, {}
-
-    obs, _ = jax.eval_shape(reset, jax.random.PRNGKey(0))
-    return Task(
-        reset=reset,
-        step=step,
-        observation_space=spaces.Box(-np.inf, np.inf, obs.shape),
-        action_space=spaces.Box(-1.0, 1.0, (env.action_size,)),
-        render=lambda state: render(state[0]),
-    )
+def open_gymnax(name: str, kwargs: dict) -> Task:
+    """Returns gymnax's environment of that name; kwargs change its parameters."""
+    gymnax = importlib.import_module("gymnax")
+    require_known(f"gymnax/{name}", [f"gymnax/{x}" for x in gymnax.registered_envs])
+    env, params = gymnax.make(name)
+    return gymnax_task(env, params.replace(**kwargs))
 
 
-def open_gymnax(args: Args, name: str, settings: dict) -> Task:
-    """Returns gymnax's environment of that name."""
-    gymnax = need(args, "gymnax", "gymnax>=1.0")
-    require_known(args.env_id, [f"gymnax/{x}" for x in gymnax.registered_envs])
-    return gymnax_task(*gymnax.make(name), settings)
-
-
-def open_brax(args: Args, name: str, settings: dict) -> Task:
-    """Returns Brax's bare environment: its wrappers throw the true last observation away."""
-    envs = need(args, "brax.envs", "brax")
-    require_known(args.env_id, [f"brax/{x}" for x in envs._envs])
-    episode_length = settings.pop("episode_length", 1000)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that Brax is no longer developed
-        env = envs.get_environment(name, **settings)
-    camera = first_camera(env.sys.mj_model)
-
-    def render(state: Any) -> np.ndarray:
-        return env.render([state.pipeline_state], camera=camera)[0]
-
-    return brax_task(env, episode_length, render)
-
-
-def first_camera(model: Any) -> str | None:
-    """Returns the name of a MuJoCo model's first camera, None where it has none."""
-    return model.camera(0).name if model.ncam else None
-
-
-def open_playground(args: Args, name: str, settings: dict) -> Task:
-    """Returns MuJoCo Playground's environment; `settings` changes its configuration."""
-    registry = need(args, "mujoco_playground", "playground").registry
-    require_known(args.env_id, [f"playground/{x}" for x in registry.ALL_ENVS])
-    config = registry.get_default_config(name)
-    if "impl" in config:
-        settings.setdefault("impl", "jax")  # Warp's state has no axis of environments
-    env = registry.load(name, config=config, config_overrides=settings)
-    episode_length = settings.get("episode_length", config.episode_length)
-    camera = first_camera(env.mj_model)
-    return brax_task(env, episode_length, lambda x: env.render([x], camera=camera)[0])
-
-
-def open_own(args: Args, name: str, settings: dict) -> Task:
+def open_own(name: str, kwargs: dict) -> Any:
     """Returns what a user's factory, "module:function", makes: a Task's like, or gymnax's."""
     module, _, function = name.partition(":")
-    env = getattr(importlib.import_module(module), function)(**settings)
+    env = getattr(importlib.import_module(module), function)(**kwargs)
     if hasattr(env, "step_env"):
-        return gymnax_task(env, env.default_params, {})
-    return Task(
-        reset=env.reset,
-        step=env.step,
-        observation_space=env.observation_space,
-        action_space=env.action_space,
-        threshold=getattr(env, "threshold", None),
-        render=getattr(env, "render", None),
-    )
+        return gymnax_task(env, env.default_params)
+    own = {name: getattr(env, name) for name in Task._fields if hasattr(env, name)}
+    return Task(**own)
 
 
 NATIVE = {  # by the beginning of --env-id
     "gymnax/": open_gymnax,
-    "brax/": open_brax,
-    "playground/": open_playground,
     "jax:": open_own,
 }
 
 
-def is_native(args: Args) -> bool:
-    """Returns whether the environment is written in JAX."""
-    return args.env_id.startswith(tuple(NATIVE))
-
-
-class NativeState(NamedTuple):  # of JAX-native environments, leaves [S*N, ...]
+class NativeState(NamedTuple):  # of environments in JAX, leaves [S, N, ...]
     key: Array
     task: Any
     over: Array  # bool, whether the episode has ended and the next step resets
 
 
+def over_envs(function: Callable) -> Callable:
+    """Returns a function of one environment as one of all, [S, N, ...]."""
+    return jax.vmap(jax.vmap(function))
+
+
 def open_task(args: Args) -> Task:
-    """Returns the JAX-native environment of --env-id. Raises: ValueError where it is not sound."""
+    """Returns the environment in JAX of --env-id. Raises: InputError where it is not sound.
+
+    Its reset's state has the dtypes that a step returns, where these hold more.
+    """
     prefix = next(x for x in NATIVE if args.env_id.startswith(x))
-    task = NATIVE[prefix](args, args.env_id.removeprefix(prefix), read_env_kwargs(args))
-    obs, state = jax.eval_shape(task.reset, jax.random.PRNGKey(0))
-    require_shapes(empty_obs(task.observation_space), obs, "reset's observation")
-    if any(jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in jax.tree.leaves(state)):
-        raise ValueError("its state has a typed key: keep jax.random.key_data of it")
-    action = jnp.zeros(task.action_space.shape, action_dtype(task))
-    stepped = jax.eval_shape(task.step, jax.random.PRNGKey(0), state, action)
-    require_shapes((obs, state, 0.0, True, True), stepped[:5], "what a step returns")
-    return task
+    try:
+        task = NATIVE[prefix](args.env_id.removeprefix(prefix), json.loads(args.env_kwargs))
+    except ModuleNotFoundError as error:
+        raise InputError(f"--env-id {args.env_id}: {error}: pip install it") from error
+    action = jnp.zeros(task.action_space.shape, action_dtype(task.action_space))
+    while True:
+        obs, state = jax.eval_shape(task.reset, jax.random.PRNGKey(0))
+        stepped = jax.eval_shape(task.step, jax.random.PRNGKey(0), state, action)
+        shapes = [jax.tree.map(np.shape, x) for x in ((obs, state), stepped[:2])]
+        if shapes[0] != shapes[1]:
+            where = f"--env-id {args.env_id}: a step returns shapes {shapes[1]}"
+            raise InputError(f"{where}, but reset {shapes[0]}")
+        if any(jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in jax.tree.leaves(state)):
+            keep = "keep jax.random.key_data of it"
+            raise InputError(f"--env-id {args.env_id}: its state has a typed key: {keep}")
+        wide = jax.tree.map(lambda x, y: jnp.promote_types(x.dtype, y.dtype), state, stepped[1])
+        if wide == jax.tree.map(lambda x: x.dtype, state):
+            return task
+        task = task._replace(reset=partial(widened_reset, reset=task.reset, dtypes=wide))
 
 
-def action_dtype(task: Task) -> np.dtype:
-    """Returns the dtype of a JAX-native environment's actions, at most 32 bits wide."""
-    return jax.dtypes.canonicalize_dtype(task.action_space.dtype)
+def widened_reset(key: Array, reset: Callable, dtypes: Any) -> tuple:
+    """Returns (obs, state) of a reset, the state in these dtypes."""
+    obs, state = reset(key)
+    return obs, jax.tree.map(jnp.asarray, state, dtypes)
 
 
-def require_shapes(wanted: Any, found: Any, name: str) -> None:
-    """Raises: ValueError where a pytree has not the structure and the shapes that are wanted."""
-    wanted, found = (jax.tree.map(np.shape, x) for x in (wanted, found))
-    if wanted != found:
-        raise ValueError(f"{name} has shapes {found}, not {wanted}")
+def action_dtype(space: spaces.Space) -> np.dtype:
+    """Returns the dtype of a space's actions, at most 32 bits wide but beside environments."""
+    return jax.dtypes.canonicalize_dtype(space.dtype)
 
 
-def make_native(args: Args, env_seeds: list[int], render: bool) -> Environment:
-    """Returns JAX-native environments: pure functions, to be compiled into the training loop."""
+def make_native(args: Args, env_seeds: list[int]) -> Environment:
+    """Returns environments in JAX: pure functions, to be compiled into the training loop."""
     task = open_task(args)
-    if render and task.render is None:
-        raise ValueError("it has no method render(state)")
-    keys = jax.vmap(jax.random.PRNGKey)(np.array(env_seeds, np.uint32))
-    first = jax.jit(partial(begin_tasks, task=task))(keys)
-    if any(x.shape[:1] != (len(env_seeds),) for x in jax.tree.leaves(first)):
-        raise ValueError("its state has leaves to which jax.vmap gives no axis of environments")
+    keys = over_envs(jax.random.PRNGKey)(np.uint32(env_seeds).reshape(args.num_seeds, -1))
+    keys, reset_keys = jnp.moveaxis(over_envs(jax.random.split)(keys), 2, 0)
+    obs, state = jax.jit(over_envs(task.reset))(reset_keys)
+    no = jnp.zeros(keys.shape[:2], bool)
+    reward = jnp.zeros(keys.shape[:2], jnp.float32)
     return Environment(
-        native=True,
-        first=first,
-        restart=lambda env_state: begin_tasks(env_state.key, task),
+        first=(
+            NativeState(keys, state, no),
+            TimeStep(flat(obs, task.observation_space), reward, no, no),
+        ),
         step=partial(step_tasks, task=task),
         observation_space=task.observation_space,
         action_space=task.action_space,
         threshold=task.threshold,
-        failures=[],
-        render=lambda env_state: np.asarray(task.render(task_state(env_state, 0))),
+        render=task.render and partial(render_first, task=task),
     )
 
 
-def task_state(env_state: NativeState, index: int) -> Any:
-    """Returns one environment's own state."""
-    return jax.tree.map(lambda x: x[index], env_state.task)
-
-
-def begin_tasks(keys: Array, task: Task) -> tuple[NativeState, TimeStep]:
-    """Returns JAX-native environments, one for each key, after a reset of all."""
-    keys, reset_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-    obs, state = jax.vmap(task.reset)(reset_keys)
-    nothing = jnp.zeros(len(keys), bool)
-    env_state = NativeState(key=keys, task=state, over=nothing)
-    return env_state, native_time_step(obs, nothing, nothing, nothing, task)
-
-
-def native_time_step(
-    obs: Any, reward: Array, terminated: Array, truncated: Array, task: Task
-) -> TimeStep:
-    """Returns what JAX-native environments show, observations as a single copy."""
-    obs = jax.tree.map(lambda x: x[:, None], encode_obs(obs, task.observation_space))
-    return make_time_step(obs, reward, terminated, truncated)
+def render_first(env_state: NativeState, task: Task) -> np.ndarray:
+    """Returns a frame of the first environment in JAX."""
+    return task.render(jax.tree.map(lambda x: x[0, 0], env_state.task))
 
 
 def step_tasks(env_state: NativeState, action: Array, task: Task) -> tuple[NativeState, TimeStep]:
-    """Returns JAX-native environments after a step, which resets those whose episode is over.
+    """Returns environments in JAX after a step, which resets those whose episode is over.
 
     As all others are; their libraries' own resets hide the true last observation.
     """
     over = env_state.over
-    keys, step_keys, reset_keys = jnp.moveaxis(
-        jax.vmap(partial(jax.random.split, num=3))(env_state.key), 1, 0
-    )
-    if np.issubdtype(task.action_space.dtype, np.integer):
-        action = jnp.rint(action)
-    action = action.astype(action_dtype(task))
-    stepping = jax.vmap(task.step)(step_keys, env_state.task, action)
-    obs, state, reward, terminated, truncated, _ = stepping
+    keys = over_envs(partial(jax.random.split, num=3))(env_state.key)
+    keys, step_keys, reset_keys = jnp.moveaxis(keys, 2, 0)
+    stepped = over_envs(task.step)(step_keys, env_state.task, action)
+    obs, state, reward, terminated, truncated, _ = stepped
+    numbers = partial(flat, space=task.observation_space)
 
     def choose(fresh: Array, old: Array) -> Array:
-        return jnp.where(over.reshape(-1, *(1,) * (old.ndim - 1)), fresh, old.astype(fresh.dtype))
+        return jnp.where(over.reshape(*over.shape, *(1,) * (old.ndim - 2)), fresh, old)
 
     def reset(old: tuple) -> tuple:
-        return jax.tree.map(choose, jax.vmap(task.reset)(reset_keys), old)
+        obs, state = over_envs(task.reset)(reset_keys)
+        return jax.tree.map(choose, (numbers(obs), state), old)
 
-    def keep(old: tuple) -> tuple:
-        return jax.tree.map(lambda x, y: x.astype(y.dtype), old, jax.eval_shape(reset, old))
-
-    obs, state = jax.lax.cond(jnp.any(over), reset, keep, (obs, state))
+    state = jax.tree.map(lambda new, old: new.astype(old.dtype), state, env_state.task)
+    obs, state = jax.lax.cond(jnp.any(over), reset, lambda old: old, (numbers(obs), state))
     terminated = (terminated > 0) & ~over
-    truncated = (truncated > 0) & ~over
-    new = native_time_step(obs, jnp.where(over, 0, reward), terminated, truncated, task)
-    return NativeState(key=keys, task=state, over=terminated | truncated), new
-
-
-def as_number(x: Any) -> np.ndarray | Array:
-    """Returns an array as float32, or as it is where it is of bytes."""
-    if not hasattr(x, "dtype"):
-        x = np.asarray(x)
-    return x if x.dtype == np.uint8 else x.astype(np.float32)
-
-
-def encode_obs(obs: Any, space: spaces.Space | dict) -> Any:
-    """Returns observations as networks take them: numbers of choices as one-hot vectors.
-
-    Everything is float32, but for bytes, which cost a quarter of that.
-
-    Args:
-        obs: of `space`, with any leading axes.
-
-    Raises: ValueError for a space that networks cannot take.
-    """
-    one_hot = partial(jax.nn.one_hot, dtype=jnp.float32)
-    if isinstance(space, dict | spaces.Dict):
-        return {name: encode_obs(obs[name], part) for name, part in space.items()}
-    if isinstance(space, spaces.Tuple):
-        return tuple(encode_obs(x, part) for x, part in zip(obs, space, strict=True))
-    if isinstance(space, spaces.Discrete):
-        return one_hot(jnp.asarray(obs, jnp.int32) - int(space.start), int(space.n))
-    if isinstance(space, spaces.MultiDiscrete):
-        choices = zip(space.nvec.ravel(), space.start.ravel(), strict=True)
-        flat = jnp.asarray(obs, jnp.int32).reshape(*np.shape(obs)[: -space.nvec.ndim], -1)
-        columns = [one_hot(flat[..., i] - a, int(n)) for i, (n, a) in enumerate(choices)]
-        return jnp.concatenate(columns, axis=-1)
-    if isinstance(space, spaces.Box | spaces.MultiBinary):
-        return jnp.asarray(as_number(obs))
-    raise ValueError(f"observations of space {space} are nothing that a network can take")
-
-
-def encoded_size(space: spaces.Space | dict) -> int:
-    """Returns how many numbers an encoded observation has. Raises: ValueError if there are none."""
-    encoded = jax.eval_shape(lambda: encode_obs(empty_obs(space), space))
-    size = sum(math.prod(x.shape) for x in jax.tree.leaves(encoded))
-    if size == 0:
-        raise ValueError(f"observations of space {space} are empty")
-    return size
-
-
-def empty_obs(space: spaces.Space | dict) -> Any:
-    """Returns an observation of zeros. Raises: ValueError for a space without a fixed shape."""
-    if isinstance(space, dict | spaces.Dict):
-        return {name: empty_obs(part) for name, part in space.items()}
-    if isinstance(space, spaces.Tuple):
-        return tuple(empty_obs(part) for part in space)
-    if space.shape is None:
-        raise ValueError(f"observations of space {space} are nothing that a network can take")
-    return as_number(np.zeros(space.shape, space.dtype))
-
-
-def as_space_dtype(action: np.ndarray, space: spaces.Discrete) -> np.ndarray:
-    """Returns actions in the dtype of their space."""
-    return action.astype(space.dtype)
+    truncated = (truncated > 0) & ~over & ~terminated
+    reward = jnp.where(over, 0, reward).astype(jnp.float32)
+    env_state = NativeState(keys, state, over=terminated | truncated)
+    return env_state, TimeStep(obs, reward, terminated, truncated)
 
 
 def env_action(action: Array, space: spaces.Discrete, args: Args) -> Array:
     """Returns what the environment gets for choices [...], which count from 0."""
-    return action + int(space.start)
+    return action.astype(action_dtype(space)) + int(space.start)
 
 
 # --- Rollout ---
-class Episode(NamedTuple):  # of each environment so far, [S*N]
-    total: Array
-    length: Array
-    discounted: Array
-
-
-class RunnerState(NamedTuple):  # the carry of the rollout
+class RunnerState(NamedTuple):  # the carry of the rollout, leaves [S, N, ...]
     env_state: Any
     time_step: TimeStep
-    episode: Episode
+    episodic_return: Array
+    episodic_length: Array
+    discounted_return: Array
 
 
-def first_runner(env: Environment, args: Args) -> RunnerState:
+def first_runner(run: "Run") -> RunnerState:
     """Returns the runner before the first step."""
-    env_state, time_step = env.first
-    zeros = jnp.zeros(len(time_step.reward), jnp.float32)
-    episode = Episode(total=zeros, length=zeros, discounted=zeros)
-    return RunnerState(env_state=env_state, time_step=time_step, episode=episode)
-
-
-def network_input(runner: RunnerState) -> Any:
-    """Returns what a network takes, for the first environment, not normalised."""
-    return jax.tree.map(lambda x: x[:1, 0], runner.time_step.obs)
-
-
-def episode_over(time_step: TimeStep) -> Array:
-    """Returns 1 where a game is over, [S*N]."""
-    return time_step.over.astype(jnp.float32)
-
-
-def go_on(episode: Episode, last: TimeStep, new: TimeStep, gamma: Array) -> Episode:
-    """Returns episodes after a step from `last` to `new`; where that was a reset, they begin.
-
-    A lost life begins only the discounted return anew, and its no-op is not counted.
-    """
-    goes_on = 1 - episode_over(last)
-    mask = 1 - (last.terminated | last.truncated).astype(jnp.float32)
-    return Episode(
-        total=(episode.total + new.reward) * goes_on,
-        length=(episode.length + mask) * goes_on,
-        discounted=(gamma * episode.discounted + new.reward) * mask,
-    )
-
-
-def draw_rollout_noise(
-    learner: LearnerState, first_env: Array | int, envs: int, env: Environment, args: Args
-) -> Array:
-    """Returns the noise of a rollout's actions, [T, S, N, ...], N = envs.
-
-    It is the same for an environment, however many processes or devices share them out.
-    """
-
-    def draw(key: Array) -> Array:
-        noise = draw_noise(key, (args.num_steps, args.num_envs), env.action_space)
-        return jax.lax.dynamic_slice_in_dim(noise, first_env, envs, axis=1)
-
-    # Even numbers are folded in for rollouts, odd ones for updates
-    keys = jax.vmap(jax.random.fold_in)(learner.key, 2 * learner.iteration)
-    noise = jax.vmap(draw, out_axes=1)(keys)
-    if args.mode == "eval" and args.deterministic:
-        noise = 0 * noise
-    return noise
-
-
-def keep(policy: Categorical, value: Array) -> tuple[Categorical, Array]:
-    """Returns all of what a network said: asking again would cost as much as half an epoch."""
-    return policy, value
-
-
-def choose_action(
-    obs: Any, noise: Array, learner: LearnerState, network: nn.Module, args: Args
-) -> tuple[Array, Any]:
-    """Returns sampled actions, and what is kept of the network's answer, leaves [S*N, ...].
-
-    Args:
-        obs: leaves [S*N, K, ...].
-        noise: for sample_action, [S, N, ...].
-        learner: leaves [S, ...].
-    """
-    seeds, envs = noise.shape[:2]
-    obs = jax.tree.map(lambda x: x[:, 0].reshape(seeds, envs, *x.shape[2:]), obs)
-    normalize_leaf = jax.vmap(partial(normalize, bound=args.clip_obs))
-    obs = jax.tree.map(normalize_leaf, obs, learner.obs_stats)
-    policy, value = jax.vmap(network.apply)(learner.params, obs)
-    found = sample_action(policy, noise), keep(policy, value)
-    return jax.tree.map(lambda x: x.reshape(seeds * envs, *x.shape[2:]), found)
-
-
-def take_step(
-    runner: RunnerState, chosen: tuple, gamma: Array, env: Environment, args: Args
-) -> tuple[RunnerState, Transition]:
-    """Returns the runner and the transition, leaves [S*N, ...], after a step of environments.
-
-    Args:
-        chosen: what choose_action returned.
-        gamma: of the seeds, [S].
-    """
-    action, said = chosen
-    last = runner.time_step
-    env_state, new = env.step(runner.env_state, env_action(action, env.action_space, args))
-
-    # After an episode's end the environment has only reset itself
-    mask = 1 - (last.terminated | last.truncated).astype(jnp.float32)
-    gamma = jnp.repeat(gamma, len(mask) // len(gamma))
-    episode = go_on(runner.episode, last, new, gamma)
-    transition = Transition(
-        obs=last.obs,
-        action=action,
-        reward=new.reward,
-        terminated=new.terminated.astype(jnp.float32),
-        done=(new.terminated | new.truncated).astype(jnp.float32),
-        mask=mask,
-        ended=episode_over(new) * mask,
-        episodic_return=episode.total,
-        episodic_length=episode.length,
-        discounted_return=episode.discounted,
-        said=said,
-    )
-    return RunnerState(env_state=env_state, time_step=new, episode=episode), transition
+    env_state, time_step = run.env.first
+    zeros = jnp.zeros(time_step.reward.shape, jnp.float32)
+    return RunnerState(env_state, time_step, zeros, zeros, zeros)
 
 
 def env_step(
@@ -2105,20 +1345,42 @@ def env_step(
     network: nn.Module,
     args: Args,
 ) -> tuple[RunnerState, Transition]:
-    """Returns the runner and the transition, leaves [S*N, ...], after a choice and a step."""
-    chosen = choose_action(runner.time_step.obs, noise, learner, network, args)
-    return take_step(runner, chosen, learner.schedule.gamma, env, args)
+    """Returns the runner and the transition, leaves [S, N, ...], after a step of environments.
 
+    Args:
+        noise: for sample_action, [S, N, U].
+        learner: leaves [S, ...].
+    """
+    last = runner.time_step
+    obs = jax.vmap(partial(normalize, bound=args.clip_obs))(last.obs, learner.obs_stats)
+    policy, _ = jax.vmap(network.apply)(learner.params, obs)
+    action = sample_action(policy, noise)
+    env_state, new = env.step(runner.env_state, env_action(action, env.action_space, args))
 
-def restarted(runner: RunnerState, env: Environment, args: Args) -> RunnerState:
-    """Returns the runner at the beginning of new episodes, in all environments."""
-    return first_runner(env._replace(first=env.restart(runner.env_state)), args)
-
-
-def by_seed(x: Array, envs: int) -> Array:
-    """Returns a leaf [T, S*N, ...] as [S, T, N, ...]."""
-    x = x.reshape(len(x), -1, envs, *x.shape[2:])
-    return jnp.moveaxis(x, 1, 0)
+    # After an episode's end the environment has only reset itself; lives end no game
+    mask = 1 - (last.terminated | last.truncated).astype(jnp.float32)
+    goes_on = 1 - game_over(last).astype(jnp.float32)
+    gamma = learner.schedule.gamma[:, None]
+    runner = RunnerState(
+        env_state=env_state,
+        time_step=new,
+        episodic_return=(runner.episodic_return + new.reward) * goes_on,
+        episodic_length=(runner.episodic_length + mask) * goes_on,
+        discounted_return=(gamma * runner.discounted_return + new.reward) * mask,
+    )
+    transition = Transition(
+        obs=last.obs,
+        action=action,
+        reward=new.reward,
+        terminated=new.terminated.astype(jnp.float32),
+        done=(new.terminated | new.truncated).astype(jnp.float32),
+        mask=mask,
+        ended=game_over(new) * mask,
+        episodic_return=runner.episodic_return,
+        episodic_length=runner.episodic_length,
+        discounted_return=runner.discounted_return,
+    )
+    return runner, transition
 
 
 def rollout(
@@ -2129,97 +1391,66 @@ def rollout(
     network: nn.Module,
     args: Args,
 ) -> tuple[RunnerState, Transition]:
-    """Returns the runner and the transitions [S, T, N, ...] of T steps of S*N environments.
+    """Returns the runner and the transitions [S, T, N, ...] of T steps of environments.
 
-    Observations are [S, T + 1, N, K, ...]: the last are those that the rollout ended on.
+    Observations are [S, T + 1, N, ...]: the last are those that the rollout ended on.
 
     Args:
-        first_env: of a seed's num_envs environments, which one the runner's begin with.
+        first_env: of a seed's num_envs environments, which one the runner's begin with. Noise is
+            the same for an environment, however many processes or devices share them out.
     """
-    if args.restarts:
-        runner = restarted(runner, env, args)
-    envs = len(runner.time_step.reward) // len(learner.iteration)
-    noise = draw_rollout_noise(learner, first_env, envs, env, args)
+    envs = runner.time_step.reward.shape[1]
+
+    def draw(key: Array) -> Array:
+        noise = draw_noise(key, (args.num_steps, args.num_envs), env.action_space)
+        if args.mode == "eval" and args.deterministic:
+            noise = jnp.zeros_like(noise)
+        return jax.lax.dynamic_slice_in_dim(noise, first_env, envs, axis=1)
+
+    # Even numbers are folded in for rollouts, odd ones for updates
+    keys = jax.vmap(jax.random.fold_in)(learner.key, 2 * learner.iteration)
+    noise = jax.vmap(draw, out_axes=1)(keys)  # [T, S, N, U]
     step = partial(env_step, learner=learner, env=env, network=network, args=args)
     runner, transition = jax.lax.scan(step, runner, noise)
-    last = runner.time_step.obs
-    obs = jax.tree.map(lambda x, y: jnp.concatenate([x, y[None]]), transition.obs, last)
-    return runner, jax.tree.map(partial(by_seed, envs=envs), transition._replace(obs=obs))
+    obs = jnp.concatenate([transition.obs, runner.time_step.obs[None]])
+    by_seed = partial(jnp.swapaxes, axis1=0, axis2=1)
+    return runner, jax.tree.map(by_seed, transition._replace(obs=obs))
 
 
-def make_stepwise(
-    runner: RunnerState,
-    learner: LearnerState,
-    env: Environment,
-    network: nn.Module,
-    args: Args,
-    device: jax.Device,
-) -> Callable:
-    """Returns `rollout` of host-side environments, whose policies act on an accelerator.
+class DistantNetwork:
+    """A network that acts on an accelerator, for rollouts that run beside the environments.
 
-    Programs there cannot call environments (EnvPool 1.2.5 returns zeros, XLA does not compile
-    callbacks in loops): each step's observations go there, and stay, and its actions come back.
+    Programs of accelerators cannot call environments: each step's observations go there, and
+    answers come back.
     """
-    host = cpu()
-    envs = len(runner.time_step.reward) // args.num_seeds
-    first = first_env(args)
-    draw = jax.jit(partial(draw_rollout_noise, first_env=first, envs=envs, env=env, args=args))
-    choose = jax.jit(partial(choose_action, network=network, args=args))
 
-    def first_choice(learner: LearnerState) -> tuple:
-        return choose(runner.time_step.obs, draw(learner)[0], learner)
+    def __init__(self, network: nn.Module, device: jax.Device) -> None:
+        self.network = network
+        self.device = device
+        self.params = None
+        self.answer = jax.jit(jax.vmap(network.apply))
 
-    @jax.jit
-    def join(parts: list[Any]) -> Any:
-        return jax.tree.map(lambda *x: by_seed(jnp.stack(x), envs), *parts)
+    def take(self, params: Any) -> None:
+        """Brings parameters [S, ...] to the device, where they act from now on."""
+        self.params = jax.device_put(params, self.device)
 
-    chosen = jax.eval_shape(first_choice, learner)
-    step = jax.jit(partial(take_step, env=env, args=args))
-    step = step.lower(runner, chosen, learner.schedule.gamma).compile()
-    restart = jax.jit(partial(restarted, env=env, args=args))
+    def apply(self, params: Any, obs: Array) -> tuple[Categorical, Array]:
+        """Returns what a network does, under vmap, of the parameters that were brought."""
+        shapes = jax.eval_shape(self.network.apply, params, obs)
+        return jax.pure_callback(self.ask, shapes, obs, vmap_method="broadcast_all")
 
-    def act(runner: RunnerState, learner: LearnerState) -> tuple[RunnerState, Transition]:
-        gamma = learner.schedule.gamma
-        seen = []
-        steps = []
-        with jax.enable_x64(True), jax.default_device(host):
-            if args.restarts:
-                runner = restart(runner)
-            noise = np.asarray(draw(learner))
-            learner = jax.device_put(learner, device)
-            for t in range(args.num_steps):
-                seen.append(jax.device_put(runner.time_step.obs, device))
-                chosen = jax.device_put(choose(seen[t], noise[t], learner), host)
-                runner, transition = step(runner, chosen, gamma)
-                steps.append(transition._replace(obs=None))
-            seen.append(jax.device_put(runner.time_step.obs, device))
-            transitions = jax.device_get(join(steps))
-            return runner, transitions._replace(obs=join(seen))
-
-    return act
+    def ask(self, obs: Array) -> tuple[Categorical, Array]:
+        """Returns answers [S, N, ...], on the host."""
+        obs = jax.device_put(np.asarray(obs), self.device)
+        return jax.device_get(self.answer(self.params, obs))
 
 
 # --- Run ---
 ROWS_PER_CORE = 512  # of a minibatch; for fewer, another core costs more than it saves
 ROWS_PER_ACCELERATOR = 8192  # the same for GPUs and TPUs: a guess, never measured
-GRACE = 10  # seconds that an iteration has to end in after a signal; clusters give 30
-LOCK = ".lock"
-RUN_FILES = (  # what a run folder holds, all of it
-    Path(__file__).name,
-    LOCK,
-    "args.json",
-    "result.json",
-    "spaces.json",
-    "*.tmp",
-    "checkpoints/*.msgpack",
-    "checkpoints/*.tmp",
-    "best/*.msgpack",
-    "best/*.tmp",
-    "events.out.tfevents.*",
-    "seed*/events.out.tfevents.*",
-    "videos/*.mp4",
-    "videos/*.gif",
-)
+BY_SEED = PartitionSpec("seed")
+BY_ENV = PartitionSpec("seed", "process")
+ROLLOUT = PartitionSpec("seed", None, "process")
 
 
 def largest_divisor(number: int, most: int) -> int:
@@ -2227,1301 +1458,552 @@ def largest_divisor(number: int, most: int) -> int:
     return max(d for d in range(1, max(most, 1) + 1) if number % d == 0)
 
 
-def configure(args: Args) -> Mesh:
+def make_mesh(args: Args) -> Mesh:
     """Sets JAX up and returns the devices of updates: [shares of a minibatch, seeds].
 
-    On a CPU the cores are as many devices. Stops with exit code 2 where there is no such platform
-    or cluster.
+    On a CPU the cores are as many devices. Those that seeds leave idle share minibatches, as do
+    P processes, each with one device.
     """
-    for name in ("jax_disable_jit", "jax_debug_nans"):
-        if getattr(jax.config, name):
-            fail(f"{name.upper()} is set: scripts need jit, and have NaN where no episode ended")
-    cache = jax.config.jax_compilation_cache_dir or str(Path.home() / ".cache" / "ppo_jax")
-    jax.config.update("jax_compilation_cache_dir", cache)
-    platforms = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu", "auto": jax.config.jax_platforms}
-    first, *others = (platforms[args.platform] or "").split(",")
-    if first and "cpu" not in (first, *others):
-        others.append("cpu")  # where host-side environments are
-    jax.config.update("jax_platforms", ",".join([first, *others]) or None)
-
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    shape = share_out(args, cores, ROWS_PER_CORE)
+    for name in ("jax_debug_nans", "jax_debug_infs", "jax_disable_jit"):
+        if getattr(jax.config, name):  # what is unknown yet is NaN or infinite
+            raise InputError(f"{name.upper()} is set, with which nothing trains here: unset it")
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    jax.config.update("jax_numpy_rank_promotion", "allow")
+    jax.config.update("jax_transfer_guard", "allow")
+    cache = jax.config.jax_compilation_cache_dir or os.path.expanduser("~/.cache/ppo_jax")
+    if os.path.isabs(cache):  # a "~" stays where there is no home
+        jax.config.update("jax_compilation_cache_dir", cache)
+    if args.platform != "auto":  # environments of other libraries are on the CPU
+        platforms = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
+        jax.config.update("jax_platforms", platforms[args.platform])
     if args.distributed:
-        try:
-            jax.distributed.initialize()
-        except (RuntimeError, ValueError):
-            fail("--distributed is for processes that mpirun or srun starts: leave it out")
-        check_shares(args)
-    else:
-        jax.config.update("jax_num_cpu_devices", math.prod(shape))
-    try:
-        devices = np.array(jax.devices(first or None))
-    except RuntimeError:
-        package = {"cuda": "jax[cuda13]", "tpu": "jax[tpu]"}.get(first, "its plugin")
-        asked = f"--platform {args.platform} ({first})"
-        fail(f"{asked} finds no device: it needs one, and {package}")
-
-    if args.distributed:
-        shape = (jax.process_count(), 1)
-        devices = devices.reshape(jax.process_count(), -1)[:, 0]
-    elif devices[0].platform != "cpu":
-        shape = share_out(args, len(devices), ROWS_PER_ACCELERATOR)
-    return Mesh(devices[: math.prod(shape)].reshape(shape), ("process", "seed"))
+        jax.distributed.initialize()
+        processes = jax.process_count()
+        if args.num_envs % processes or args.minibatch_size % processes:
+            raise InputError(f"{processes} processes do not divide --num-envs and minibatches")
+        devices = np.reshape(jax.devices(), (processes, -1))
+        return Mesh(devices[:, :1], ("process", "seed"))
+    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+    devices = jax.devices()
+    rows = ROWS_PER_CORE if devices[0].platform == "cpu" else ROWS_PER_ACCELERATOR
+    seeds = largest_divisor(args.num_seeds, len(devices))
+    idle = min(len(devices) // seeds, args.minibatch_size // rows)
+    shares = largest_divisor(math.gcd(args.num_envs, args.minibatch_size), idle)
+    return Mesh(np.reshape(devices[: shares * seeds], (shares, seeds)), ("process", "seed"))
 
 
-def share_out(args: Args, devices: int, rows: int) -> tuple[int, int]:
-    """Returns over how many devices each seed's minibatches, and the seeds, are spread.
-
-    Devices that seeds leave idle share minibatches, as P processes do, from `rows` a device.
-    """
-    seeds = largest_divisor(args.num_seeds, devices)
-    idle = min(devices // seeds, args.minibatch_size // rows)
-    return largest_divisor(math.gcd(args.num_envs, args.minibatch_size), idle), seeds
-
-
-def check_shares(args: Args) -> None:
-    """Stops with exit code 2 where P processes cannot share environments and minibatches."""
-    processes = jax.process_count()
-    if args.num_envs % processes:
-        fail(f"--num-envs {args.num_envs} does not divide among {processes} processes")
-    if args.minibatch_size % processes:
-        rows = f"minibatches of {args.minibatch_size} rows"
-        fail(f"{rows} do not divide among {processes} processes: change the minibatches' flags")
-
-
-def init_learner(seed: Array, obs: Any, network: nn.Module, args: Args) -> LearnerState:
-    """Returns one seed's new learner; obs is one encoded observation."""
+# Training
+def init_learner(seed: Array, shown: TimeStep, network: nn.Module, args: Args) -> LearnerState:
+    """Returns one seed's new learner, for environments that show what `shown` is like, [...]."""
     key = jax.random.PRNGKey(seed)
-    params = network.init(key, jax.tree.map(lambda x: x[None], obs))
-
-    def no_stats(x: Array) -> RunningStats:
-        dtype = jnp.result_type(x, jnp.float32)  # float32 of bytes
-        mean = jnp.zeros(x.shape, dtype)
-        return RunningStats(mean=mean, var=jnp.ones_like(mean), count=jnp.float32(1e-4))
-
+    zeros = jnp.zeros_like(shown.obs)
+    zero = jnp.float32(0)
+    few = jnp.float32(1e-4)
+    params = network.init(key, zeros[None])
+    obs_stats = None
+    if zeros.ndim == 1:  # no image
+        obs_stats = RunningStats(mean=zeros, var=zeros + 1, count=few)
     return LearnerState(
         params=params,
         opt_state=make_optimizer(args).init(params),
-        obs_stats=jax.tree.map(no_stats, obs),
-        return_stats=no_stats(jnp.float32(0)),
+        obs_stats=obs_stats,
+        return_stats=RunningStats(mean=zero, var=zero + 1, count=few),
         schedule=Schedule(*(jnp.float32(getattr(args, name)) for name in Schedule._fields)),
         key=jax.random.fold_in(key, 1),
         iteration=jnp.int32(0),
         episodes=jnp.int32(0),
-        returns=jnp.zeros(100, jnp.float32),
+        returns=jnp.full(100, -jnp.inf, jnp.float32),
     )
-
-
-def init_learners(observation_space: spaces.Space, network: nn.Module, args: Args) -> LearnerState:
-    """Returns new learners, one per seed, each as a lone run's: [S, ...]."""
-    obs = encode_obs(empty_obs(observation_space), observation_space)
-    init = partial(init_learner, obs=obs, network=network, args=args)
-    # One by one: jaxlib 0.10 can lock up where two batches of matrices are decomposed at once
-    return jax.lax.map(init, jnp.arange(args.num_seeds, dtype=jnp.uint32) + args.seed)
-
-
-def seeds_of_envs(args: Args, *more: int) -> list[int]:
-    """Returns the seeds of the S*N environments; `more` makes them others.
-
-    Those of host-side environments are this process's share.
-    """
-    envs = args.num_envs if is_native(args) else args.num_envs // jax.process_count()
-    first = first_env(args)
-    found = []
-    for seed in range(args.seed, args.seed + args.num_seeds):
-        entropy = [seed, *more] if more else seed
-        drawn = np.random.SeedSequence(entropy).generate_state(args.num_envs) >> 1
-        found += drawn[first : first + envs].tolist()
-    return found
-
-
-def first_env(args: Args) -> int:
-    """Returns which of a seed's N environments this process's runner begins with."""
-    if is_native(args):
-        return 0
-    return jax.process_index() * (args.num_envs // jax.process_count())
 
 
 class Run(NamedTuple):  # everything that acts
     args: Args
-    env: Environment  # EnvPool's compiled calls hold bare pointers: it must outlive `act`
+    env: Environment
     network: nn.Module
-    learner: LearnerState  # new, [S, ...], on the host
-    runner: RunnerState
-    act: Callable  # (runner, learner without opt_state) to runner and Transition [S, T, N, ...]
-    rollout_shape: Transition | None  # what act returns, as shapes; None: of JAX-native ones
+    init: Callable  # () to new learners, one per seed, each as a lone run's: [S, ...]
+    act: Callable  # (runner, learner) to the runner and transitions, all on the host
 
 
-def make_run(args: Args, env_seeds: list[int], new: bool = True, render: bool = False) -> Run:
-    """Returns environments, networks, and the compiled rollout.
+def accelerator_of_policies(env: Environment, args: Args) -> jax.Device | None:
+    """Returns where policies of host-side environments act, None: beside the environments.
 
-    Args:
-        new: whether to initialise learners; without, `learner` holds only shapes.
-        render: whether the environment can be filmed.
+    Small networks are done before an accelerator has been asked; for images it is worth the way.
     """
-    on_host = not is_native(args)
-    host = cpu() if on_host else None
-    # EnvPool's MuJoCo speaks float64, which nothing outside of rollouts may
-    with jax.enable_x64(on_host), jax.default_device(host):
-        env = make_env(args, env_seeds, render)
-        runner = first_runner(env, args)
-        network = ActorCritic(env.action_space, args)
-        init = jax.jit(partial(init_learners, env.observation_space, network, args))
-        learner = jax.device_get(init()) if new else jax.eval_shape(init)
-        act = partial(rollout, first_env=first_env(args), env=env, network=network, args=args)
-        act = jax.jit(act)
-        rollout_shape = None
-        if on_host:
-            # It holds a pointer, and so is of no use to other processes
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
-            given = runner, learner._replace(opt_state=None)
-            _, rollout_shape = jax.eval_shape(act, *given)
-            device = acting_device(env.observation_space, args)
-            if device == host:
-                act = act.lower(*given).compile()
-            else:
-                act = make_stepwise(*given, env, network, args, device)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    return Run(args, env, network, learner, runner, act, rollout_shape)
+    device = jax.local_devices()[0]
+    if args.native or args.act_on == "cpu" or device.platform == "cpu":
+        return None
+    if args.act_on == "device" or is_image(env.observation_space):
+        return device
+    return None
 
 
-class Iteration(NamedTuple):  # what a rollout and its update leave behind
-    learner: LearnerState  # [S, ...]
-    runner: RunnerState  # [S*N, ...], of JAX-native environments [S, N, ...]
-    transition: Transition  # [S, T, N, ...]
-    metrics: dict[str, Array]  # [S]
-    bad: Array  # [], place in `checked` of the first that is not finite; their number: all are
+def make_run(args: Args, *more: int) -> Run:
+    """Returns environments, networks and the rollout; `more` makes environments' seeds others.
+
+    Environments in JAX are all of them, others are this process's share.
+    """
+    share = args.num_envs if args.native else args.num_envs // jax.process_count()
+    first_env = 0 if args.native else jax.process_index() * share
+    seeds = range(args.seed, args.seed + args.num_seeds)
+    drawn = [np.random.SeedSequence([x, *more]).generate_state(args.num_envs) for x in seeds]
+    env_seeds = np.array(drawn)[:, first_env : first_env + share] >> 1
+    with beside_environments(args):
+        env = make_env(args, env_seeds.ravel().tolist())
+    network = ActorCritic(env.action_space, args)
+    shown = jax.tree.map(lambda x: x[0, 0], env.first[1])
+    init_one = partial(init_learner, shown=shown, network=network, args=args)
+    actor = network
+    accelerator = accelerator_of_policies(env, args)
+    if accelerator is not None:
+        actor = DistantNetwork(network, accelerator)
+    step = jax.jit(partial(rollout, first_env=first_env, env=env, network=actor, args=args))
+
+    def init() -> LearnerState:
+        # One by one: jaxlib 0.10 can lock up where two batches of matrices are decomposed at once
+        return jax.lax.map(init_one, jnp.array(seeds, jnp.uint32))
+
+    def act(runner: RunnerState, learner: LearnerState) -> tuple[RunnerState, Transition]:
+        learner = jax.device_get(learner._replace(opt_state=None))
+        if isinstance(actor, DistantNetwork):
+            actor.take(learner.params)
+        with beside_environments(args):
+            runner, transition = step(runner, learner)
+        return runner, jax.device_get(transition)
+
+    return Run(args, env, network, jax.jit(init), act)
 
 
-def checked(
-    learner: LearnerState, transition: Transition, metrics: dict[str, Array]
-) -> dict[str, Any]:
-    """Returns {name: pytree} of what must be finite, in the order in which it arises."""
-    return {
-        "the environment's observation": transition.obs,
-        "the environment's reward": transition.reward,
-        "the discounted return": transition.discounted_return,
-        "the action": transition.action,
-        **{name: x for name, x in learner._asdict().items() if name.endswith("stats")},
-        **{name: x for name, x in sorted(metrics.items()) if "episodic" not in name},
-        "a network's parameter": learner.params,
-    }
-
-
-def all_finite(tree: Any) -> Array:
-    """Returns whether no leaf has an element that is infinite or no number."""
-    return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]))
-
-
-def learn(
+def update_seeds(
     learner: LearnerState, transition: Transition, network: nn.Module, args: Args
-) -> tuple[LearnerState, dict[str, Array], Array]:
-    """Returns learners [S, ...] after an update, metrics [S], and Iteration's `bad` [].
+) -> tuple[LearnerState, dict[str, Array]]:
+    """Returns learners [S, ...] after an update, and metrics [S, ...].
 
-    It runs on every device of the mesh, and `bad` is the same on all of them.
+    A lone seed goes without vmap, under which gradients come transposed: on a CPU that costs it
+    a sixth of an update.
     """
-    learner, metrics = jax.vmap(partial(update, network=network, args=args))(learner, transition)
-    finite = [all_finite(tree) for tree in checked(learner, transition, metrics).values()]
-    bad = jnp.argmin(jnp.stack([*finite, jnp.array(False)]))
-    return learner, metrics, jax.lax.pmin(bad, ("process", "seed"))
+    update_one = partial(update, network=network, args=args)
+    if len(learner.iteration) > 1:
+        return jax.vmap(update_one)(learner, transition)
+    found = update_one(*jax.tree.map(lambda x: x[0], (learner, transition)))
+    return jax.tree.map(lambda x: x[None], found)
 
 
-# On the mesh of updates, seeds lie on the second axis, a seed's environments on the first
-BY_SEED = PartitionSpec("seed")
-BY_ENV = PartitionSpec("seed", "process")
-ROLLOUT = PartitionSpec("seed", None, "process")
-EVERYWHERE = PartitionSpec()
+def make_advance(run: Run, mesh: Mesh) -> Callable:
+    """Returns (learner, runner, count) to these after `count` iterations, metrics, and flags.
 
-
-def make_advance(run: Run, mesh: Mesh) -> tuple[Callable, RunnerState]:
-    """Returns compiled iterations, and the runner that the first of them takes.
-
-    (learner, runner, count, seconds) gives the last Iteration of `count`, or the first with
-    something not finite. Its metrics and `bad` are on the host.
+    Learners and metrics, the last iteration's, are on the mesh, and so are runners of environments
+    in JAX. Others are on the host, as are their rollouts. Flags are of all iterations.
     """
-    args = replace(run.args, distributed=mesh.shape["process"] > 1)  # cores share as processes do
-    return (compile_loop if is_native(args) else compile_update)(run, mesh, args)
-
-
-def compile_update(run: Run, mesh: Mesh, args: Args) -> tuple[Callable, RunnerState]:
-    """Returns, as make_advance, a rollout on the host and an update of all seeds; count is 1."""
-    update_all = jax.shard_map(
-        partial(learn, network=run.network, args=args),
-        mesh=mesh,
+    # From here on it says whether devices share rows, processes or cores of this one
+    args = run.args.model_copy(update={"distributed": mesh.shape["process"] > 1})
+    on_mesh = partial(jax.shard_map, mesh=mesh, check_vma=False)
+    learn = on_mesh(
+        partial(update_seeds, network=run.network, args=args),
         in_specs=(BY_SEED, ROLLOUT),
-        out_specs=(BY_SEED, BY_SEED, EVERYWHERE),
-        check_vma=False,
+        out_specs=(BY_SEED, BY_SEED),
     )
-    put = partial(multihost_utils.host_local_array_to_global_array, global_mesh=mesh)
-    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), run.rollout_shape)
-    update_all = jax.jit(update_all, donate_argnums=0)
-    given = put(run.learner, pspecs=BY_SEED), put(zeros, pspecs=ROLLOUT)
-    update_all = update_all.lower(*given).compile()
-    collect = jax.device_get
-    if acting_device(run.env.observation_space, args) != cpu():
-        collect = jax.block_until_ready  # what an accelerator has seen stays there
+    learn = jax.jit(learn, donate_argnums=0)
 
-    def act(runner: RunnerState, learner: LearnerState, seconds: dict) -> tuple:
-        with timed(seconds, "acting"):
-            runner, transition = run.act(runner, learner._replace(opt_state=None))
-            return runner, collect(transition)
+    def act_on_mesh(runner: RunnerState, learner: LearnerState) -> tuple:
+        first_env = jax.lax.axis_index("process") * runner.time_step.reward.shape[1]
+        return rollout(runner, learner, first_env, run.env, run.network, args)
 
-    def improve(learner: LearnerState, transition: Transition, seconds: dict) -> tuple:
-        with timed(seconds, "learning"):
-            given = put(learner, pspecs=BY_SEED), put(transition, pspecs=ROLLOUT)
-            return jax.device_get(update_all(*given))
+    def act_on_host(runner: RunnerState, learner: LearnerState) -> tuple:
+        runner, transition = run.act(runner, learner)
+        return runner, multihost_utils.host_local_array_to_global_array(transition, mesh, ROLLOUT)
 
-    def advance(learner: LearnerState, runner: RunnerState, count: int, seconds: dict) -> Iteration:
-        runner, transition = act(runner, learner, seconds)
-        learner, metrics, bad = improve(learner, transition, seconds)
-        return Iteration(learner, runner, transition, metrics, bad)
+    act = on_mesh(act_on_mesh, in_specs=(BY_ENV, BY_SEED), out_specs=(BY_ENV, ROLLOUT))
+    act = jax.jit(act, donate_argnums=0) if args.native else act_on_host
 
-    if args.overlap:
-        advance = overlapped(act, improve, args)
-    return advance, run.runner
-
-
-def overlapped(act: Callable, improve: Callable, args: Args) -> Callable:
-    """Returns an `advance` that collects the next rollout while the update computes.
-
-    All rollouts but the first are by the policy that was there before the update beside them,
-    which correct_for_age makes up for.
-    """
-    worker = ThreadPoolExecutor(max_workers=1)
-    ahead = []  # the runner and the rollout that were collected beside the last update
-
-    def advance(learner: LearnerState, runner: RunnerState, count: int, seconds: dict) -> Iteration:
-        if ahead:
-            runner, transition = ahead.pop()
-        else:
-            runner, transition = act(runner, learner, seconds)
-        collecting = None
-        if learner.iteration[0] + 1 < args.num_iterations:
-            collecting = worker.submit(act, runner, with_fresh_noise(learner), seconds)
-        learner, metrics, bad = improve(learner, transition, seconds)
-        if collecting is not None:
-            ahead.append(collecting.result())
-        return Iteration(learner, runner, transition, metrics, bad)
+    def advance(learner: LearnerState, runner: RunnerState, count: int) -> tuple:
+        bad = []
+        for _ in range(count):
+            runner, transition = act(runner, learner)
+            learner, metrics = learn(learner, transition)
+            flags = [name for name in sorted(metrics) if name.startswith("bad/")]
+            bad.append({name: metrics.pop(name) for name in flags})
+        return learner, runner, metrics, bad
 
     return advance
 
 
-def iterate(last: Iteration, env: Environment, network: nn.Module, args: Args) -> Iteration:
-    """Returns the next iteration of JAX-native environments, on one device of the mesh.
+def require_finite(bad: list[dict[str, Array]], iteration: int) -> None:
+    """Raises FloatingPointError at the first flag that is up, of iterations after this one."""
+    for number, flags in enumerate(jax.device_get(bad), iteration + 1):
+        for name, up in flags.items():
+            if up.any():
+                raise FloatingPointError(f"iteration {number}: {name[6:]} is not finite")
 
-    The runner's leaves are [S, N, ...], of the seeds and environments that are this device's.
+
+def catch_signals() -> list[int]:
+    """Returns a list to which SIGINT or SIGTERM will be added; a second one ends the process.
+
+    A thread of its own waits for them, as this one may be in a rollout that hangs.
     """
-    seeds, envs = last.runner.time_step.terminated.shape
-    first = jax.lax.axis_index("process") * envs
-    runner = jax.tree.map(lambda x: x.reshape(seeds * envs, *x.shape[2:]), last.runner)
-    acting = last.learner._replace(opt_state=None)
-    runner, transition = rollout(runner, acting, first, env, network, args)
-    runner = jax.tree.map(lambda x: x.reshape(seeds, envs, *x.shape[1:]), runner)
-    learner, metrics, bad = learn(last.learner, transition, network, args)
-    return Iteration(learner, runner, transition, metrics, bad)
+    received = []
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def wait() -> None:
+        received.append(os.read(reader, 1)[0])
+        os._exit(128 + os.read(reader, 1)[0])
+
+    def leave_to_thread(number: int, frame: Any) -> None:
+        pass
+
+    signal.signal(signal.SIGINT, leave_to_thread)
+    signal.signal(signal.SIGTERM, leave_to_thread)
+    signal.set_wakeup_fd(writer)
+    os.register_at_fork(after_in_child=partial(signal.set_wakeup_fd, -1))  # of environments
+    threading.Thread(target=wait, daemon=True).start()
+    return received
 
 
-def iterate_often(
-    learner: LearnerState,
-    runner: RunnerState,
-    count: Array,
-    env: Environment,
-    network: nn.Module,
-    args: Args,
-) -> Iteration:
-    """Returns the last of `count` iterations, or the first with something not finite."""
-    step = partial(iterate, env=env, network=network, args=args)
-    unknown = Iteration(learner, runner, None, None, None)
-    shapes = jax.eval_shape(step, unknown)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    all_good = len(checked(shapes.learner, shapes.transition, shapes.metrics))
-    begin = zeros._replace(learner=learner, runner=runner, bad=zeros.bad + all_good)
+def train(args: Args) -> int:
+    """Trains to the end, from the newest checkpoint if there is one; returns the exit code."""
+    before = time.perf_counter()
+    mesh = make_mesh(args)
+    signals = catch_signals()  # jax.distributed has a handler of its own
+    chief = jax.process_index() == 0
+    run = make_run(args)
+    lock = claim_folder(args) if chief else None
+    multihost_utils.sync_global_devices("run folder")
+    runner = first_runner(run)
+    kept = jax.device_get(runner) if args.native else None
+    state = Checkpoint(jax.device_get(run.init()), kept, np.zeros(3), -math.inf)
+    state = newest_checkpoint(args.folder, state) or state
+    first = iteration = int(state.learner.iteration[0])
+    multihost_utils.assert_equal(iteration, "processes see different run folders: share --run-dir")
+    if iteration >= args.num_iterations:
+        print(f"{args.folder} is finished: raise --total-timesteps, or --clobber")
+        return 0
 
-    def goes_on(carry: tuple[Array, Iteration]) -> Array:
-        done, last = carry
-        return (done < count) & (last.bad == all_good)
+    advance = make_advance(run, mesh)
+    learner = jax.device_put(state.learner, NamedSharding(mesh, BY_SEED))
+    if args.native:
+        runner = jax.device_put(state.runner, NamedSharding(mesh, BY_ENV))
+    writers = []
+    if chief:
+        settings = args.model_dump_json(indent=2)
+        write_atomically(args.folder / "args.json", settings.encode())
+        writers = open_logs(args, iteration)
+    stop = 0
+    with progress_bar(args, iteration, chief) as bar:
+        while iteration < args.num_iterations and not stop:
+            count = min(args.log_interval, args.num_iterations - iteration)
+            learner, runner, metrics, bad = advance(learner, runner, count)
+            require_finite(bad, iteration)
+            metrics = jax.device_get(metrics)
+            now = time.perf_counter()
+            steps = args.num_seeds * count * args.rollout_size
+            spent = [0, now - before, steps] if iteration > first else [now - before, 0, 0]
+            state = state._replace(timing=state.timing + spent)
+            metrics["charts/SPS"] = np.full(args.num_seeds, steps / (now - before))
+            before = now
+            iteration += count
+            log(writers, metrics, iteration, args)
+            mean_return = metrics["charts/episodic_return_100"].mean()
+            bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
+            bar.update(count * args.rollout_size)
 
-    def body(carry: tuple[Array, Iteration]) -> tuple[Array, Iteration]:
-        done, last = carry
-        return done + 1, step(last)
-
-    _, last = jax.lax.while_loop(goes_on, body, (jnp.int32(0), begin))
-    return last
-
-
-def make_loop(run: Run, mesh: Mesh, args: Args) -> Callable:
-    """Returns iterate_often on a mesh: (learner, runner [S, N, ...], count []) to Iteration."""
-    return jax.shard_map(
-        partial(iterate_often, env=run.env, network=run.network, args=args),
-        mesh=mesh,
-        in_specs=(BY_SEED, BY_ENV, EVERYWHERE),
-        out_specs=Iteration(BY_SEED, BY_ENV, ROLLOUT, BY_SEED, EVERYWHERE),
-        check_vma=False,
-    )
-
-
-def to_devices(learner: LearnerState, runner: RunnerState, count: int, mesh: Mesh) -> tuple:
-    """Returns what make_loop's function takes, where it takes it."""
-    given = (learner, BY_SEED), (runner, BY_ENV), (np.int32(count), EVERYWHERE)
-    return tuple(jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in given)
-
-
-def split_by_seed(runner: RunnerState, args: Args) -> RunnerState:
-    """Returns a runner [S*N, ...] as [S, N, ...], on the host."""
-
-    def split(x: Array) -> np.ndarray:
-        return np.asarray(x).reshape(args.num_seeds, args.num_envs, *x.shape[1:])
-
-    return jax.tree.map(split, runner)
-
-
-def compile_loop(run: Run, mesh: Mesh, args: Args) -> tuple[Callable, RunnerState]:
-    """Returns, as make_advance, iterations of JAX-native environments: one loop on the devices.
-
-    Nothing is donated: a loop that outlasts a signal's grace leaves what it began with.
-    """
-    begin = to_devices(run.learner, split_by_seed(run.runner, args), 1, mesh)
-    loop = jax.jit(make_loop(run, mesh, args)).lower(*begin).compile()
-
-    def advance(learner: LearnerState, runner: RunnerState, count: int, seconds: dict) -> Iteration:
-        last = loop(*to_devices(learner, runner, count, mesh))
-        metrics, bad = jax.device_get((last.metrics, last.bad))
-        mine = multihost_utils.global_array_to_host_local_array(last.transition, mesh, ROLLOUT)
-        return last._replace(transition=mine, metrics=metrics, bad=bad)
-
-    _, runner, _ = begin
-    return advance, runner
-
-
-def check_finite(last: Iteration) -> None:
-    """Stops with exit code 1 at the first bad quantity, in the order in which they arise."""
-    names = list(checked(last.learner, last.transition, last.metrics))
-    if last.bad < len(names):
-        iteration = int(last.learner.iteration[0])
-        bad = names[last.bad]
-        fail(f"iteration {iteration}: {bad} is not finite; earlier checkpoints are good", code=1)
-
-
-def first_not_finite(quantities: dict[str, Any]) -> str | None:
-    """Returns the name of the first pytree with a leaf that is infinite or no number."""
-    for name, tree in quantities.items():
-        for leaf in jax.tree.leaves(tree):
-            if not np.isfinite(leaf).all():
-                return name
-    return None
+            stop = multihost_utils.process_allgather(np.array(max(signals, default=0))).max()
+            due = iteration % args.checkpoint_interval < count or iteration == args.num_iterations
+            if due or stop:
+                kept = learner, runner if args.native else None
+                kept = multihost_utils.process_allgather(kept, tiled=True)
+                state = state._replace(learner=kept[0], runner=kept[1])
+                if chief:
+                    state = save(args, state, writers)
+    del lock  # held until here
+    return 128 + int(stop) if stop else 0
 
 
 # Run folder
-def to_json(content: Any) -> str:
-    """Returns strict JSON; infinity is written as a string."""
-    if isinstance(content, dict):
-        content = {k: str(v) if v in (math.inf, -math.inf) else v for k, v in content.items()}
-    return json.dumps(content, indent=2, allow_nan=False) + "\n"
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file such that it is either whole or not there. Raises: OSError."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-
-
-def read_json(path: Path) -> dict:
-    """Returns the content of a file that holds a JSON object. Raises: ValueError, OSError."""
-    content = json.loads(path.read_text())
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} holds no JSON object")
-    return content
-
-
-def args_to_dict(args: Args) -> dict:
-    """Returns settings as JSON can hold them."""
-    return json.loads(to_json(asdict(args)))
-
-
-def args_from_dict(content: dict) -> Args:
-    """Returns settings that were JSON. Raises: ValueError where they are another script's."""
-    known = {field.name: field.default for field in fields(Args)}
-    odd = sorted(content.keys() ^ known.keys())
-    if odd:
-        names = ", ".join(flag(name) for name in odd)
-        raise ValueError(f"its settings and this script's differ in {names}")
-    settings = {}
-    for name, value in content.items():
-        if isinstance(value, list):
-            value = tuple(value)
-        if value == "inf" and isinstance(known[name], float):
-            value = math.inf
-        if known[name] is not None and not isinstance(value, type(known[name]) | int):
-            raise ValueError(f"{flag(name)} is {value!r}")
-        settings[name] = value
-    return Args(**settings)
-
-
-def space_to_dict(space: spaces.Space | dict, bounds: bool) -> dict:
-    """Returns a space as JSON can hold it; bounds: of boxes, whether to keep theirs."""
-    if isinstance(space, dict | spaces.Dict):
-        parts = {name: space_to_dict(part, bounds) for name, part in space.items()}
-        return {"type": "Dict", "spaces": parts}
-    if isinstance(space, spaces.Tuple):
-        return {"type": "Tuple", "spaces": [space_to_dict(part, bounds) for part in space]}
-    if isinstance(space, spaces.Discrete):
-        return {"type": "Discrete", "n": int(space.n), "start": int(space.start)}
-    if isinstance(space, spaces.MultiDiscrete):
-        choices = {"nvec": space.nvec.tolist(), "start": space.start.tolist()}
-        return {"type": "MultiDiscrete"} | choices
-    if isinstance(space, spaces.MultiBinary):
-        return {"type": "MultiBinary", "n": list(space.shape)}
-    content = {"type": "Box", "shape": list(space.shape)}
-    if bounds:
-        content["dtype"] = str(space.dtype)
-        content["low"] = np.nan_to_num(space.low).tolist()  # strict JSON has no infinity
-        content["high"] = np.nan_to_num(space.high).tolist()
-    return content
-
-
-def space_from_dict(content: dict) -> spaces.Space:
-    """Returns the space that space_to_dict wrote; its boxes' bounds may be huge, not infinite."""
-    content = dict(content)
-    kind = content.pop("type")
-    if kind == "Dict":
-        return spaces.Dict({k: space_from_dict(v) for k, v in content["spaces"].items()})
-    if kind == "Tuple":
-        return spaces.Tuple([space_from_dict(v) for v in content["spaces"]])
-    if kind == "Discrete":
-        return spaces.Discrete(**content)
-    if kind == "MultiDiscrete":
-        return spaces.MultiDiscrete(content["nvec"], start=content["start"])
-    if kind == "MultiBinary":
-        return spaces.MultiBinary(content["n"])
-    shape = tuple(content["shape"])
-    if "low" not in content:
-        return spaces.Box(-np.inf, np.inf, shape)
-    dtype = np.dtype(content["dtype"])
-    low = np.array(content["low"], dtype)
-    high = np.array(content["high"], dtype)
-    return spaces.Box(low, high, shape, dtype)
-
-
-def definitions(text: str) -> dict[str, str]:
-    """Returns {name: code} of a script's top level, without comments and layout."""
-    found = {}
-    for number, node in enumerate(ast.parse(text).body):
-        target = getattr(node, "targets", [None])[0]
-        name = getattr(node, "name", None) or getattr(target, "id", None)
-        found[name or f"{type(node).__name__.lower()} {number}"] = ast.dump(node)
-    return found
-
-
-def changed_definitions(folder: Path) -> str:
-    """Returns the names of what differs between this script and the one that began a run."""
-    try:
-        before = definitions((folder / Path(__file__).name).read_text())
-    except (OSError, SyntaxError, ValueError):
-        return "all of it (the copy there is not readable)"
-    now = definitions(Path(__file__).read_text())
-    names = [name for name in {**now, **before} if now.get(name) != before.get(name)]
-    return ", ".join(names)
-
-
-def strangers(folder: Path) -> list[str]:
-    """Returns the files in a folder that no run has written."""
-    own = {path for pattern in RUN_FILES for path in folder.glob(pattern)}
-    files = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
-    return [str(path.relative_to(folder)) for path in files if path not in own]
-
-
-def holds_run(folder: Path) -> bool:
-    """Returns whether a folder holds a run of this script, of whatever settings."""
-    return (folder / "args.json").exists() and (folder / Path(__file__).name).exists()
-
-
-def other_script(folder: Path) -> str:
-    """Returns the name of the script whose run a folder holds, or an empty string."""
-    names = [path.name for path in folder.glob("*.py")] if (folder / "args.json").exists() else []
-    return names[0] if names and Path(__file__).name not in names else ""
-
-
-# Settings that may differ when a run goes on: they change no result
-FREE = {
-    "run_dir",
-    "total_timesteps",
-    "clobber",
-    "checkpoint_interval",
-    "keep_best",
-    "use_best",
-    "log_interval",
-    "mode",
-    "deterministic",
-    "eval_episodes",
-    "eval_steps",
-    "video",
-    "platform",
-    "act_on",
-    "distributed",
-    "vectorization",
+FREE = {  # settings that may differ when a run goes on; a new length also stretches annealing
+    *("run_dir", "total_timesteps", "clobber", "checkpoint_interval", "keep_best", "use_best"),
+    *("log_interval", "mode", "deterministic", "eval_episodes", "eval_steps", "video"),
+    *("platform", "act_on", "distributed", "vectorization"),
 }
 
 
-def check_folder(args: Args) -> None:
-    """Stops with exit code 2 where a run folder is somebody else's, or its run is another."""
-    folder = args.folder
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        fail(f"--run-dir {folder} is a file: give a folder")
-    remedy = "choose another --exp-name or --run-dir"
-    if not holds_run(folder):
-        found = ["args.json"] if (folder / "args.json").exists() else strangers(folder)
-        if other_script(folder):
-            fail(f"--run-dir {folder} holds a run of {other_script(folder)}: {remedy}")
-        if found:
-            fail(f"--run-dir {folder} holds files that are no run's ({found[0]}): {remedy}")
-        return
-    if args.clobber:
-        return
-    remedy += ", or start afresh with --clobber"
-    if changed := changed_definitions(folder):
-        name = Path(__file__).name
-        fail(
-            f"{folder} holds a run of another version of {name}, differing in: {changed}; {remedy}"
-        )
+def read_args(folder: Path) -> Args:
+    """Returns the settings of a run folder. Raises: InputError."""
     try:
-        before = read_json(folder / "args.json")
-    except ValueError:
-        fail(f"{folder}/args.json is not readable: restore it (result.json has it), or {remedy}")
-    now = args_to_dict(args)
-    differ = [name for name in now if now[name] != before.get(name) and name not in FREE]
+        return Args.model_validate_json((folder / "args.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} holds no run of this script: {error}") from error
+
+
+def refuse_differences(args: Args, before: Args) -> None:
+    """Raises InputError where settings differ from those that a run was begun with."""
+    differ = [
+        f"--{name.replace('_', '-')} {value} (there: {getattr(before, name)})"
+        for name, value in args
+        if value != getattr(before, name) and name not in FREE
+    ]
     if differ:
-        flags = ", ".join(f"{flag(x)} {now[x]} (there: {before.get(x)})" for x in differ)
-        fail(f"{folder} holds a run with other settings: {flags}; {remedy}")
+        raise InputError(
+            f"{args.folder} holds a run with other settings: {', '.join(differ)}; choose another"
+            " --exp-name or --run-dir, or start afresh with --clobber"
+        )
 
 
-def lock_folder(folder: Path) -> int:
-    """Returns the descriptor of a run folder's locked file; the lock ends with this process.
+def claim_folder(args: Args) -> IO:
+    """Returns the locked file of a run folder, which begins or goes on with these settings.
 
-    Stops with exit code 2, naming the owner, where another process trains in the folder.
+    Raises: InputError where another process trains in it, or its run has other settings.
     """
-    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
+    folder = args.folder
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        owner = os.read(lock, 1000).decode() or "another process"
-        fail(f"{folder} is being trained in by {owner}: wait for it, or end it")
-    os.truncate(lock, 0)
-    os.write(lock, f"process {os.getpid()} on {platform.node()}".encode())
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise InputError(f"--run-dir: {error}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process
+    except BlockingIOError as error:
+        raise InputError(f"{folder} is being trained in by another process") from error
+    script = Path(__file__)
+    copy = folder / script.name
+    if not (folder / "args.json").exists():
+        write_atomically(copy, script.read_bytes())
+    elif args.clobber:
+        folder.rename(folder.with_name(f"{folder.name}.old-{time.strftime('%Y%m%d-%H%M%S')}"))
+        return claim_folder(args)
+    else:
+        refuse_differences(args, read_args(folder))
+        if not copy.exists() or copy.read_text() != script.read_text():
+            note(f"this script differs from {copy}, with which the run was begun")
     return lock
 
 
-def clobber(folder: Path) -> None:
-    """Deletes the run in a folder. Stops with exit code 2 where anything there is not a run's.
-
-    The folder is moved aside first, so that it is never half a run. Raises: OSError.
-    """
-    if not folder.exists() or not holds_run(folder):
-        return
-    if found := strangers(folder):
-        fail(f"--clobber: {folder} also holds {', '.join(found[:3])}: move that away first")
-    if Path.cwd().is_relative_to(folder):
-        fail(f"--clobber: {folder} is the current directory: start from another one")
-    lock = lock_folder(folder)
-    aside = folder.with_name(f".{folder.name}.clobbered-{os.getpid()}")
-    folder.rename(aside)
-    os.close(lock)
-    shutil.rmtree(aside, ignore_errors=True)
-    if aside.exists():
-        note(f"--clobber: the old run could not be deleted whole; what is left lies in {aside}")
-
-
-def create_folder(args: Args, run: Run) -> None:
-    """Writes what a run folder begins with; the script first and args.json last."""
-    folder = args.folder
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    for temporary in [*folder.glob("*.tmp"), *folder.glob("*/*.msgpack.tmp")]:
-        temporary.unlink()  # of a process that was killed while it wrote
-    write_atomically(folder / Path(__file__).name, Path(__file__).read_bytes())
-    described = {
-        "observation": space_to_dict(run.env.observation_space, bounds=False),
-        "action": space_to_dict(run.env.action_space, bounds=True),
-    }
-    path = folder / "spaces.json"
-    if path.exists() and read_json(path) != described:
-        fail(f"--env-id {args.env_id} has other spaces than when {folder} was begun: --clobber")
-    write_atomically(path, to_json(described).encode())
-    write_atomically(folder / "args.json", to_json(asdict(args)).encode())
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file such that it is either whole or not there."""
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(f"{os.getpid()}.tmp")  # the next one overwrites it
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 # Checkpoints
-class Seconds(NamedTuple):  # spent by all processes that have worked on a run
-    starting: float = 0.0  # compilation, and everything else before the first iteration
-    wall: float = 0.0  # iterations, all in all
-    acting: float = 0.0
-    learning: float = 0.0
-
-
-def checkpoint_paths(folder: Path, kind: str = "checkpoints") -> list[Path]:
-    """Returns the checkpoints of a run folder, or those of kind "best", the newest first."""
-    paths = (folder / kind).glob("*.msgpack")
-    return sorted(paths, key=lambda path: int(path.stem), reverse=True)
-
-
-class Checkpoint(NamedTuple):  # what a file of a run folder holds
+class Checkpoint(NamedTuple):  # all that a run goes on from
     learner: LearnerState  # [S, ...]
-    runner: dict  # of JAX-native environments, {place: leaf of a RunnerState}; others go on anew
-    seconds: Seconds
+    runner: RunnerState | None  # of environments in JAX; others begin new episodes
+    timing: Array  # seconds of first iterations, which compile, and of others; steps of these
+    best: float  # the highest mean return over 100 episodes that a checkpoint has had
 
 
-def write_checkpoint(folder: Path, found: Checkpoint) -> None:
-    """Writes a checkpoint, named by its iteration, and keeps the one before. Raises: OSError.
-
-    The file is a SHA-256 digest of 32 bytes, and then what flax.serialization makes of the state.
-    """
-    write_state(folder / "checkpoints" / f"{int(found.learner.iteration[0])}.msgpack", found)
-    for old in checkpoint_paths(folder)[2:]:
-        old.unlink()
+def write_checkpoint(path: Path, state: Checkpoint) -> None:
+    """Writes a file of arrays, named by their place; a zip file has a checksum of each."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    content = io.BytesIO()
+    np.savez(content, **{jax.tree_util.keystr(place): np.asarray(x) for place, x in leaves})
+    write_atomically(path, content.getvalue())
 
 
-def write_state(path: Path, found: Checkpoint) -> None:
-    """Writes a file that holds a checkpoint. Raises: OSError."""
-    content = flax.serialization.to_bytes(found)
-    write_atomically(path, hashlib.sha256(content).digest() + content)
+def read_checkpoint(path: Path, like: Checkpoint) -> Checkpoint:
+    """Returns a file's arrays in the structure of `like`. Raises: an error if a byte changed."""
+    places, structure = jax.tree_util.tree_flatten_with_path(like)
+    with np.load(path) as file:
+        leaves = [file[jax.tree_util.keystr(place)] for place, _ in places]
+    if [x.shape for x in leaves] != [np.shape(x) for _, x in places]:
+        raise ValueError("its arrays have other shapes")
+    return jax.tree.unflatten(structure, leaves)
 
 
-def write_best(folder: Path, found: Checkpoint) -> None:
-    """Writes a checkpoint as the best one, if its last 100 episodes earned more. Raises: OSError.
-
-    Several seeds are judged by their mean.
-    """
-    returns = last_100(found.learner)
-    if None in returns:
-        return
-    best = None
-    with suppress(ValueError):  # one that is not readable is replaced
-        best = newest_checkpoint(folder, found.learner, "best")
-    if best is not None and np.mean(last_100(best.learner)) >= np.mean(returns):
-        return
-    (folder / "best").mkdir(exist_ok=True)
-    path = folder / "best" / f"{int(found.learner.iteration[0])}.msgpack"
-    write_state(path, found)
-    for old in checkpoint_paths(folder, "best"):
-        if old != path:
-            old.unlink()
+def checkpoints(folder: Path) -> list[Path]:
+    """Returns the checkpoints of a run folder, the newest first."""
+    return sorted((folder / "checkpoints").glob("[0-9]*.npz"), reverse=True)
 
 
-def read_checkpoint(path: Path, like: LearnerState) -> Checkpoint:
-    """Returns a file's content; `like` has the learner's structure. Raises: ValueError, OSError."""
-    content = flax.serialization.msgpack_restore(checked_content(path))
-    return Checkpoint(
-        learner=flax.serialization.from_state_dict(like, content["learner"]),
-        runner=content.get("runner", {}),  # not in older files
-        seconds=flax.serialization.from_state_dict(Seconds(), content["seconds"]),
-    )
-
-
-def checked_content(path: Path) -> bytes:
-    """Returns a checkpoint's bytes behind its digest. Raises: ValueError if any has changed."""
-    data = path.read_bytes()
-    digest, content = data[:32], data[32:]
-    if hashlib.sha256(content).digest() != digest:
-        raise ValueError("its bytes have changed")
-    return content
-
-
-def last_iteration(folder: Path) -> int:
-    """Returns the iteration of the newest whole checkpoint of a run folder, 0 if there is none."""
-    for path in checkpoint_paths(folder):
-        with suppress(ValueError, OSError):
-            checked_content(path)
-            return int(path.stem)
-    return 0
-
-
-def newest_checkpoint(
-    folder: Path, like: LearnerState, kind: str = "checkpoints"
-) -> Checkpoint | None:
-    """Returns what the newest readable checkpoint of a kind holds, None where there are none.
-
-    Raises: ValueError where there are some, but none readable.
-    """
-    paths = checkpoint_paths(folder, kind)
-    for path in paths:
+def newest_checkpoint(folder: Path, like: Checkpoint) -> Checkpoint | None:
+    """Returns the newest checkpoint that is whole. Raises: InputError where none of some is."""
+    for path in checkpoints(folder):
         try:
             return read_checkpoint(path, like)
-        except (ValueError, OSError, KeyError) as error:
-            note(f"{path} is damaged ({error}), trying the one before")
-    if paths:
-        raise ValueError(f"{folder} has no readable checkpoint: restore a backup, or --clobber")
+        except Exception as error:  # zipfile and NumPy raise many kinds
+            note(f"{path} is damaged, or another script's ({error}): trying the one before")
+    if checkpoints(folder):
+        raise InputError(f"{folder} has no checkpoint for this: restore a backup, or --clobber")
     return None
-
-
-def runner_to_dict(runner: RunnerState) -> dict:
-    """Returns {place: leaf}: what a checkpoint holds of a runner, of whatever structure."""
-    return {str(i): x for i, x in enumerate(jax.tree.leaves(runner))}
-
-
-def runner_from_dict(found: dict, like: RunnerState) -> RunnerState:
-    """Returns the inverse of runner_to_dict. Raises: ValueError where it is another task's."""
-    leaves, structure = jax.tree.flatten(like)
-    kinds = [(x.shape, x.dtype) for x in leaves]
-    if kinds != [(found[str(i)].shape, found[str(i)].dtype) for i in range(len(found))]:
-        raise ValueError("holds environments of another kind: --clobber starts afresh")
-    return jax.tree.unflatten(structure, [found[str(i)] for i in range(len(found))])
 
 
 def last_100(learner: LearnerState) -> list[float | None]:
     """Returns each seed's mean return of the last 100 training episodes, None before the first."""
-    means = []
-    for returns, episodes in zip(learner.returns, learner.episodes, strict=True):
-        known = returns[len(returns) - min(int(episodes), len(returns)) :]
-        means.append(float(np.mean(known)) if len(known) else None)
-    return means
+    known = [x[x > -np.inf] for x in learner.returns]
+    return [float(x.mean()) if len(x) else None for x in known]
 
 
-def make_result(args: Args, learner: LearnerState, seconds: Seconds) -> dict:
-    """Returns the content of result.json."""
-    iteration = int(learner.iteration[0])
-    steps = iteration * args.rollout_size * args.num_seeds
-    versions = {x.__name__: x.__version__ for x in (jax, flax, optax, envpool, gymnasium, np)}
-    cores = f"{os.cpu_count()} cores"
-    processes = f"{jax.process_count()} process(es)"
-    return {
+def save(args: Args, state: Checkpoint, writers: list[EventFileWriter]) -> Checkpoint:
+    """Writes a checkpoint, result.json and logs, keeps the checkpoint before; returns the state."""
+    folder = args.folder
+    iteration = int(state.learner.iteration[0])
+    returns = last_100(state.learner)
+    if None not in returns and np.mean(returns) > state.best:  # of several seeds the mean
+        state = state._replace(best=np.mean(returns))
+        if args.keep_best:
+            write_checkpoint(folder / "checkpoints/best.npz", state)
+    write_checkpoint(folder / f"checkpoints/{iteration:010}.npz", state)
+    for old in checkpoints(folder)[2:]:
+        old.unlink()
+    for writer in writers:
+        writer.flush()
+    starting, running, steps = state.timing.tolist()
+    result = {
         "script": Path(__file__).name,
         "env_id": args.env_id,
-        "args": args_to_dict(args),
+        "args": json.loads(args.model_dump_json()),
         "seeds": list(range(args.seed, args.seed + args.num_seeds)),
         "finished": iteration >= args.num_iterations,
         "timesteps": iteration * args.rollout_size,
-        "episodes": [int(x) for x in learner.episodes],
-        "episodic_return": last_100(learner),
+        "episodes": state.learner.episodes.tolist(),
+        "episodic_return": returns,
         "eval_return": None,
-        "wall_time": seconds.starting + seconds.wall,
-        "compile_time": seconds.starting,
-        "sps": steps / max(seconds.wall, 1e-9),
-        "sps_with_compile": steps / (seconds.starting + max(seconds.wall, 1e-9)),
-        "sps_rollout": steps / seconds.acting if seconds.acting else None,
-        "sps_update": steps / seconds.learning if seconds.learning else None,
-        "versions": versions,
-        "device": f"{jax.devices()[0].device_kind}, {cores}, {processes}",
+        "wall_time": starting + running,
+        "compile_time": starting,
+        "sps": steps / running if running else None,
+        "versions": {x.__name__: x.__version__ for x in (jax, flax, optax, envpool, gymnasium)},
+        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
     }
-
-
-def save(args: Args, found: Checkpoint) -> None:
-    """Writes a checkpoint and result.json.
-
-    Stops with exit code 1 where the disk takes none, or the state is not finite.
-    """
-    folder = args.folder
-    learner = found.learner
-    if bad := first_not_finite(learner._asdict()):
-        fail(f"{bad} is not finite after {args.env_id}'s last rollout; no checkpoint", code=1)
-    try:
-        write_checkpoint(folder, found)
-        if args.keep_best:
-            write_best(folder, found)
-        result = make_result(args, learner, found.seconds)
-        write_atomically(folder / "result.json", to_json(result).encode())
-    except OSError as error:
-        kept = checkpoint_paths(folder)
-        last = f"checkpoint {kept[0].stem} stays" if kept else "there is no earlier one"
-        fail(
-            f"--run-dir {folder} takes no checkpoint ({error.strerror}), {last}: make room", code=1
-        )
+    write_atomically(folder / "result.json", json.dumps(result, indent=2).encode())
+    return state
 
 
 # Logs
-class EventFile:
-    """A TensorBoard event file whose writer neither blocks nor fails.
+def open_logs(args: Args, iteration: int) -> list[EventFileWriter]:
+    """Returns a TensorBoard file per seed, with the settings for the HParams tab.
 
-    What a full disk does not take is kept and written when there is room again.
+    What a run's earlier files have after this iteration is void.
     """
-
-    def __init__(self, folder: Path, first_step: int) -> None:
-        """Begins a file in a folder; what earlier files have from first_step on is void."""
-        name = f"events.out.tfevents.{time.time():.6f}.{platform.node()}.{os.getpid()}"
-        self.path = folder / name
-        self.pending = b""
-        self.add(Event(file_version="brain.Event:2"))
-        self.add(Event(session_log=SessionLog(status=SessionLog.START), step=first_step))
-
-    def add(self, event: Event) -> None:
-        """Takes an event, to be written with the next flush."""
-        event.wall_time = time.time()
-        record = io.BytesIO()
-        RecordWriter(record).write(event.SerializeToString())
-        self.pending += record.getvalue()
-
-    def add_summary(self, step: int, summary: Summary) -> None:
-        """Takes a summary, to be written with the next flush."""
-        self.add(Event(step=step, summary=summary))
-
-    def flush(self) -> None:
-        """Writes what is pending, as far as the disk takes it."""
-        with suppress(OSError):
-            self.path.parent.mkdir(exist_ok=True)
-            with open(self.path, "ab", buffering=0) as file:
-                while self.pending:
-                    written = file.write(self.pending)
-                    self.pending = self.pending[written:]
-
-
-def open_event_files(args: Args, run: Run, step: int) -> list[EventFile]:
-    """Returns an event file per seed, in the run folder or its sub-folders, from `step` on.
-
-    They begin with the settings, as a table and for the HParams tab, and the networks' layers.
-    """
-    settings = args_to_dict(args)
-    table = ["|setting|value|", "|-|-|", *(f"|{name}|{value}|" for name, value in settings.items())]
-    plain = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in settings.items()}
-    options = {"width": 120, "force_terminal": False}
-    seen = network_input(run.runner)
-    layers = run.network.tabulate(jax.random.PRNGKey(0), seen, console_kwargs=options)
-    files = []
+    step = iteration * args.rollout_size
+    settings = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in args}
+    writers = []
     for seed in range(args.seed, args.seed + args.num_seeds):
         folder = args.folder / f"seed{seed}" if args.num_seeds > 1 else args.folder
-        file = EventFile(folder, first_step=step + 1)
-        file.add_summary(step, text_pb("hyperparameters", "\n".join(table)))
-        file.add_summary(step, hparams_pb(plain | {"seed": seed}, trial_id=str(folder)))
-        file.add_summary(step, text_pb("networks", f"```\n{layers}\n```"))
-        files.append(file)
-    return files
+        writer = EventFileWriter(str(folder), flush_secs=10)
+        start = SessionLog(status=SessionLog.START)
+        writer.add_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
+        add_summary(writer, step, hparams_pb(settings | {"seed": seed}, str(folder)))
+        writers.append(writer)
+    return writers
 
 
-def log(files: list[EventFile], iteration: int, last: Iteration, speed: float, args: Args) -> None:
-    """Writes an iteration's metrics [S], and sometimes histograms of its rollout.
+def add_summary(writer: EventFileWriter, step: int, summary: Summary) -> None:
+    """Writes to a TensorBoard file."""
+    writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
 
-    Args:
-        speed: of all seeds, steps per second.
-    """
-    if iteration % args.log_interval:
-        return
+
+def log(writers: list[EventFileWriter], metrics: dict, iteration: int, args: Args) -> None:
+    """Writes an iteration's metrics: [S], and every tenth time, for histograms, [S, K, ...]."""
     step = iteration * args.rollout_size
-    for seed, file in enumerate(files):
-        known = {name: float(x[seed]) for name, x in last.metrics.items() if np.isfinite(x[seed])}
-        known["charts/SPS"] = speed
-        values = [Summary.Value(tag=name, simple_value=x) for name, x in known.items()]
-        file.add_summary(step, Summary(value=values))
-        if iteration % (10 * args.log_interval) == 0:
-            for name in ("obs", "action", "reward"):
-                leaves = jax.tree.leaves(getattr(last.transition, name))
-                values = np.concatenate([np.ravel(np.asarray(leaf)[seed]) for leaf in leaves])
-                some = values[:: len(values) // 100_000 + 1]  # of images there are millions
-                file.add_summary(step, histogram_pb(f"rollout/{name}", some))
-        file.flush()
+    histograms = iteration % (10 * args.log_interval) < args.log_interval
+    for seed, writer in enumerate(writers):
+        values = []
+        for name, x in metrics.items():
+            if x.ndim == 1 and np.isfinite(x[seed]):
+                values.append(Summary.Value(tag=name, simple_value=x[seed]))
+            elif x.ndim > 1 and histograms:
+                add_summary(writer, step, histogram_pb(name, x[seed]))
+        add_summary(writer, step, Summary(value=values))
 
 
-# Training
-class Signals:
-    """SIGINT and SIGTERM: the first is noted, a second SIGINT ends the process at once."""
-
-    def __init__(self) -> None:
-        self.first = 0  # the signal's number; 0: none yet
-        signal.signal(signal.SIGINT, self.receive)
-        signal.signal(signal.SIGTERM, self.receive)
-
-    def receive(self, number: int, frame: Any) -> None:
-        """Handles a signal, in the main thread, which never waits for an environment."""
-        name = signal.Signals(number).name
-        if not self.first:
-            self.first = number
-            note(f"{name}: ending after this iteration, or in {GRACE} s as the last one left it")
-        elif number == signal.SIGINT:
-            note(f"{name} again: ending at once, the last checkpoint stays")
-            leave(128 + number)
-
-
-def leave(code: int) -> NoReturn:
-    """Ends this process and its children at once, also where a thread hangs in an environment."""
-    for child in multiprocessing.active_children():
-        child.kill()
-    os._exit(code)
-
-
-def wait(future: Future, signals: Signals) -> Any:
-    """Returns the result of work in another thread, None if it takes GRACE s after a signal."""
-    while not signals.first:
-        with suppress(TimeoutError):
-            return future.result(timeout=0.5)
-    with suppress(TimeoutError):
-        return future.result(timeout=GRACE)
-    return None
-
-
-@contextmanager
-def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Adds the time that a block takes to seconds[name]."""
-    began = time.perf_counter()
-    yield
-    seconds[name] += time.perf_counter() - began
-
-
-def train(args: Args, mesh: Mesh) -> None:
-    """Trains to the end, from the newest checkpoint if there is one."""
-    began = time.perf_counter()
-    chief = jax.process_index() == 0
-    if chief:
-        check_folder(args)
-        if not args.clobber and report_finished(args):
-            return
-    run = make_run(args, seeds_of_envs(args))
-    advance, runner = make_advance(run, mesh)
-    learner, runner, seconds, _lock = open_folder(args, run, runner)
-    first = int(learner.iteration[0])
-    seconds = seconds._asdict()
-    seconds["starting"] += time.perf_counter() - began
-
-    signals = Signals()
-    worker = ThreadPoolExecutor(max_workers=1)
-    files = open_event_files(args, run, first * args.rollout_size) if chief else []
-    iteration = first
-    with progress_bar(args, first, chief) as bar:
-        while iteration < args.num_iterations:
-            count = next_stop(iteration, args) - iteration
-            began = time.perf_counter()
-            with timed(seconds, "wall"):
-                future = worker.submit(advance, learner, runner, count, seconds)
-                last = wait(future, signals)
-                if last is None:  # it takes longer than a cluster gives
-                    save_and_leave(args, learner, runner, seconds, signals.first)
-                if run.env.failures:
-                    fail(f"iteration {iteration + 1}: {run.env.failures[0]}", code=1)
-                check_finite(last)
-                learner, runner = last.learner, last.runner
-                iteration += count
-                if chief:
-                    steps = count * args.rollout_size
-                    speed = args.num_seeds * steps / (time.perf_counter() - began)
-                    log(files, iteration, last, speed, args)
-                    show_progress(bar, steps, last.metrics)
-            stopping = agree_on_signal(signals, args)
-            due = iteration % args.checkpoint_interval == 0 or iteration == args.num_iterations
-            if due or stopping:
-                with timed(seconds, "wall"):
-                    found = to_checkpoint(learner, runner, seconds, args)
-                    if chief:
-                        save(args, found)
-            if stopping:
-                sys.exit(128 + stopping)
-
-
-def next_stop(iteration: int, args: Args) -> int:
-    """Returns the iteration after which the host looks in: the next, on the device the next due."""
-    if not is_native(args):
-        return iteration + 1
-    due = [x * (iteration // x + 1) for x in (args.log_interval, args.checkpoint_interval)]
-    return min(*due, args.num_iterations)
-
-
-def to_checkpoint(
-    learner: LearnerState, runner: RunnerState, seconds: dict, args: Args
-) -> Checkpoint:
-    """Returns what a checkpoint holds, on the host. All processes must call it together."""
-    if not is_native(args):
-        return Checkpoint(learner, {}, Seconds(**seconds))
-    learner, runner = multihost_utils.process_allgather((learner, runner), tiled=True)
-    return Checkpoint(learner, runner_to_dict(runner), Seconds(**seconds))
-
-
-def save_and_leave(
-    args: Args, learner: LearnerState, runner: RunnerState, seconds: dict, number: int
-) -> NoReturn:
-    """Ends the process at a signal while iterations go on, as the last ones left the learner."""
-    shared = args.distributed and is_native(args)  # the others need not come to a common save
-    try:
-        if jax.process_index() == 0 and not shared:
-            save(args, to_checkpoint(learner, runner, seconds, args))
-    except Failure as failure:
-        note(str(failure))
-        leave(failure.code)
-    leave(128 + number)
-
-
-def agree_on_signal(signals: Signals, args: Args) -> int:
-    """Returns the number of a signal that any of the processes has had, or 0."""
-    if not args.distributed:
-        return signals.first
-    received = multihost_utils.process_allgather(np.array(signals.first))
-    return int(received.max())
-
-
-def report_finished(args: Args) -> bool:
-    """Returns whether the run in the folder is finished, and says so; mends its result.json."""
-    iteration = last_iteration(args.folder)
-    if iteration < args.num_iterations:
-        return False
-    steps = iteration * args.rollout_size
-    print(f"{args.folder} is finished, {steps} steps: raise --total-timesteps, or --clobber")
-    with suppress(OSError, ValueError):
-        if read_result(args.folder) is None:
-            saved = read_run(args.folder)
-            result = make_result(saved.args, saved.learner, saved.seconds)
-            write_atomically(args.folder / "result.json", to_json(result).encode())
-    return True
-
-
-def open_folder(
-    args: Args, run: Run, runner: RunnerState
-) -> tuple[LearnerState, RunnerState, Seconds, Any]:
-    """Returns the newest learner and runner, the seconds spent before, and the folder's lock.
-
-    Stops with exit code 2 at a folder that is another run's, locked, unreadable or unwritable.
-    """
-    folder = args.folder
-    lock = None
-    try:
-        if jax.process_index() == 0:
-            if args.clobber:
-                clobber(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = lock_folder(folder)
-            check_folder(replace(args, clobber=False))
-            say_what_changes(args)
-            create_folder(args, run)
-        multihost_utils.sync_global_devices("run folder")
-        found = newest_checkpoint(folder, run.learner)
-        if found is None:
-            return run.learner, runner, Seconds(), lock
-        if found.runner:
-            runner = runner_from_dict(found.runner, runner)
-        return found.learner, runner, found.seconds, lock
-    except OSError as error:
-        fail(f"--run-dir {folder} cannot be written ({error.strerror}): give another, or make room")
-    except ValueError as error:
-        fail(f"--run-dir {error}")
-
-
-def say_what_changes(args: Args) -> None:
-    """Says where a run will end, and what a raised --total-timesteps does to what is annealed."""
-    steps = args.num_iterations * args.rollout_size
-    if steps != args.total_timesteps:
-        note(
-            f"ends after {steps} steps, {args.num_iterations} whole rollouts of {args.rollout_size}"
-        )
-    iteration = last_iteration(args.folder)
-    if not iteration:
-        return
-    before = read_json(args.folder / "args.json")["total_timesteps"]
-    annealed = [x for x in vars(args) if x.startswith("anneal_") and getattr(args, x)]
-    if before != args.total_timesteps and annealed:
-        was = 1 - min(iteration / max(before // args.rollout_size, 1), 1)
-        now = 1 - iteration / args.num_iterations
-        names = ", ".join(flag(x) for x in annealed)
-        change = f"goes on from {now:.3f} of its first value; it had come down to {was:.3f}"
-        note(f"--total-timesteps {args.total_timesteps} (before: {before}): {names} {change}")
-
-
-def progress_bar(args: Args, first: int, visible: bool) -> tqdm:
+def progress_bar(args: Args, iteration: int, visible: bool) -> tqdm:
     """Returns a live line in a terminal; elsewhere it prints plain lines, every ten seconds."""
-    form = {}
-    if not sys.stderr.isatty():
-        line = "{n_fmt} of {total_fmt} steps, {rate_fmt}, {remaining} left{postfix}\n"
-        form = {"mininterval": 10, "bar_format": line}
+    line = "{n_fmt} of {total_fmt} steps, {rate_fmt}, {remaining} left{postfix}\n"
     return tqdm(
         disable=not visible,
-        initial=first * args.rollout_size,
+        initial=iteration * args.rollout_size,
         total=args.num_iterations * args.rollout_size,
         unit="step",
         unit_scale=args.num_seeds,
-        **form,
+        **({} if sys.stderr.isatty() else {"mininterval": 10, "bar_format": line}),
     )
 
 
-def show_progress(bar: tqdm, steps: int, metrics: dict) -> None:
-    """Moves the progress line on by steps of a seed; nobody need be listening."""
-    mean = np.mean(metrics["charts/episodic_return_100"])
-    with suppress(OSError, ValueError):
-        bar.set_postfix_str("" if np.isnan(mean) else f"return {mean:.1f}", refresh=False)
-        bar.update(steps)
-
-
 # Evaluation
-class SavedRun(NamedTuple):  # what a run folder holds
-    args: Args
-    observation_space: spaces.Space
-    action_space: spaces.Space
-    learner: LearnerState  # [S, ...], on the host
-    seconds: Seconds
-
-
-def read_run(folder: Path, best: bool = False) -> SavedRun:
-    """Returns what a run folder holds, without environments. Raises: ValueError, OSError.
-
-    Args:
-        best: whether of its checkpoints the best one is wanted, not the last.
-    """
-    name = Path(__file__).name
-    if other_script(folder):
-        raise ValueError(f"{folder} holds a run of {other_script(folder)}, not of {name}")
-    if not holds_run(folder):
-        raise ValueError(f"{folder} holds no run of {name}: train first, or name its folder")
-    if changed := changed_definitions(folder):
-        note(f"{folder} was trained by another version of this script, differing in: {changed}")
-    try:
-        args = args_from_dict(read_json(folder / "args.json"))
-        described = read_json(folder / "spaces.json")
-        observation_space = space_from_dict(described["observation"])
-        action_space = space_from_dict(described["action"])
-    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
-        raise ValueError(f"{folder} is not readable ({error}): use its own {name}") from error
-    args = replace(args, run_dir=str(folder))
-    network = ActorCritic(action_space, args)
-    like = jax.eval_shape(partial(init_learners, observation_space, network, args))
-    found = newest_checkpoint(folder, like, "best" if best else "checkpoints")
-    if found is None and best:
-        raise ValueError(f"{folder} has no best checkpoint: train with --keep-best")
+def read_learner(args: Args, run: Run, best: bool) -> LearnerState:
+    """Returns the newest or best learner [S, ...] of a run folder. Raises: InputError."""
+    learner = jax.eval_shape(run.init)._replace(opt_state=None)  # of which nothing acts
+    like = Checkpoint(learner, None, np.zeros(3), 0.0)
+    path = args.folder / "checkpoints/best.npz"
+    if best and not path.exists():
+        raise InputError(f"{args.folder} has no best checkpoint: train with --keep-best")
+    found = read_checkpoint(path, like) if best else newest_checkpoint(args.folder, like)
     if found is None:
-        raise ValueError(f"{folder} has no checkpoint yet: wait for the first, or train on")
-    return SavedRun(args, observation_space, action_space, found.learner, found.seconds)
+        raise InputError(f"{args.folder} has no checkpoint yet: wait for the first, or train on")
+    return found.learner
 
 
-def read_result(folder: Path) -> dict | None:
-    """Returns the content of result.json, None where it is missing or damaged."""
-    try:
-        return read_json(folder / "result.json")
-    except (OSError, ValueError):
-        return None
+def load(run_folder: str | Path, seed: int | None = None, best: bool = False) -> Callable:
+    """Returns the trained policy of a run folder: `action = policy(obs)`.
 
-
-class Policy:
-    """A trained policy: `action = policy(obs)`, for one observation or a batch of them."""
-
-    def __init__(self, saved: SavedRun, index: int) -> None:
-        """Takes a run and which of its seeds acts."""
-        self.args = saved.args
-        self.observation_space = saved.observation_space
-        self.action_space = saved.action_space
-        self.network = ActorCritic(saved.action_space, saved.args)
-        learner = jax.tree.map(lambda x: x[index], saved.learner._replace(opt_state=None))
-        self.learner = learner
-        self.random = np.random.default_rng()
-        self.compiled = jax.jit(self.act)
-
-    def act(self, learner: LearnerState, obs: Any, noise: Array) -> Array:
-        """Returns the environment's actions [B, ...] for encoded observations [B, ...]."""
-        normalize_leaf = partial(normalize, bound=self.args.clip_obs)
-        obs = jax.tree.map(normalize_leaf, obs, learner.obs_stats)
-        policy, _ = self.network.apply(learner.params, obs)
-        return env_action(sample_action(policy, noise), self.action_space, self.args)
-
-    def __call__(self, obs: Any, deterministic: bool = True) -> np.ndarray:
-        """Returns the action of one observation, or actions [B, ...] of a batch.
-
-        Args:
-            obs: as the environment gives it: an array, or dicts and tuples of arrays.
-            deterministic: the most likely action; otherwise a sample.
-        """
-        encoded = encode_obs(obs, self.observation_space)
-        one = encode_obs(empty_obs(self.observation_space), self.observation_space)
-        single = jax.tree.leaves(encoded)[0].ndim == jax.tree.leaves(one)[0].ndim
-        if single:
-            encoded = jax.tree.map(lambda x: x[None], encoded)
-        batch = len(jax.tree.leaves(encoded)[0])
-        key = jax.random.PRNGKey(self.random.integers(2**31))
-        noise = draw_noise(key, (batch,), self.action_space)
-        if deterministic:
-            noise = 0 * noise
-        action = self.compiled(self.learner, encoded, noise)
-        action = as_space_dtype(np.asarray(action), self.action_space)
-        return action[0] if single else action
-
-
-def load(run_folder: str | Path, seed: int | None = None, best: bool = False) -> Policy:
-    """Returns the trained policy of a run folder; no environment is started.
+    Takes one observation, as the environment gives it, or a batch of them, and returns as many
+    actions: the most likely ones, or samples, with deterministic=False. The environment is
+    opened, for its spaces.
 
     Args:
         seed: which of a folder's seeds; the first where none is given.
         best: whether that of the best checkpoint (--keep-best) is wanted, not the last one's.
 
-    Raises: ValueError where the folder holds no readable run of this script, or not that seed.
+    Raises: InputError, a ValueError, where the folder holds no run of this script.
     """
-    saved = read_run(Path(run_folder).resolve(), best)
-    index = 0 if seed is None else seed - saved.args.seed
-    if not 0 <= index < saved.args.num_seeds:
-        raise ValueError(f"{run_folder} has no seed {seed}")
-    return Policy(saved, index)
+    folder = Path(run_folder).resolve()
+    args = read_args(folder).model_copy(update={"run_dir": str(folder), "vectorization": "sync"})
+    seeds = list(range(args.seed, args.seed + args.num_seeds))
+    if seed not in (None, *seeds):
+        raise InputError(f"{folder} has no seed {seed}, but {seeds}")
+    run = make_run(args.model_copy(update={"num_envs": 1}))
+    index = 0 if seed is None else seeds.index(seed)
+    learner = jax.tree.map(lambda x: x[index], read_learner(args, run, best))
+    space = run.env.action_space
+    axes = run.env.first[1].obs.ndim - 2  # of one observation
+    random = np.random.default_rng()
+
+    @partial(jax.jit, static_argnames="deterministic")
+    def act(obs: Array, key: Array, deterministic: bool) -> Array:
+        obs = normalize(obs, learner.obs_stats, args.clip_obs)
+        policy, value = run.network.apply(learner.params, obs)
+        noise = draw_noise(key, value.shape, space) * (not deterministic)
+        return env_action(sample_action(policy, noise), space, args)
+
+    def policy(obs: Any, deterministic: bool = True) -> np.ndarray:
+        with beside_environments(args):
+            key = jax.random.PRNGKey(random.integers(2**31))
+            numbers = flat(obs, run.env.observation_space)
+            batch = numbers.shape[: numbers.ndim - axes]
+            rows = numbers.reshape(-1, *numbers.shape[len(batch) :])
+            return np.asarray(act(rows, key, deterministic)).reshape(batch)
+
+    return policy
 
 
-def asked_of(folder: Path, command_line: list[str], best: bool) -> tuple[Args, SavedRun]:
-    """Returns what the command line asks of a run's evaluation, and the run.
+def play(run: Run, learner: LearnerState) -> list[list[float]]:
+    """Returns the returns of eval_episodes episodes for each seed.
 
-    Stops with exit code 2 at a flag that contradicts the run. Raises: ValueError, OSError.
-    """
-    saved = read_run(folder, best)
-    trained = saved.args
-    plain = replace(trained, mode="eval", video=False, distributed=False, platform="auto")
-    asked = parse(command_line, default=plain)
-    for name in vars(asked):
-        value = getattr(trained, name)
-        if getattr(asked, name) != value and name not in FREE:
-            fail(f"{folder} was trained with {flag(name)} {value}: leave {flag(name)} out")
-    return asked, saved
-
-
-class Played(NamedTuple):  # evaluation episodes
-    returns: list[list[float]]  # of each seed
-    left: np.ndarray  # [S, N], how many each environment has still to play
-    endless: int  # how many were cut after eval_steps
-
-
-def with_fresh_noise(learner: LearnerState) -> LearnerState:
-    """Returns a learner that acts on other noise: rollouts draw theirs from its iteration."""
-    return learner._replace(iteration=learner.iteration + 1)
-
-
-def play(run: Run, learner: LearnerState, episodes: int) -> Played:
-    """Returns the returns of `episodes` episodes for each seed.
-
-    Every environment plays its share, so that short episodes weigh no more than long ones.
-    Stops with exit code 1 where an environment fails, or returns what is not finite.
+    Every environment plays as many, so that short episodes weigh no more than long ones; one whose
+    episode does not end plays no further one.
     """
     args = run.args
-    left = np.full((args.num_seeds, args.num_envs), episodes // args.num_envs)
-    left[:, : episodes % args.num_envs] += 1
-    played = Played(returns=[[] for _ in range(args.num_seeds)], left=left, endless=0)
-    runner = run.runner
-    acting = learner._replace(opt_state=None)
-    worker = ThreadPoolExecutor(max_workers=1)  # another thread acts, so that Ctrl-C is heard
-    with tqdm(total=int(left.sum()), unit="episode") as bar:
-        while played.left.any():
-            runner, transition = worker.submit(run.act, runner, acting).result()
-            acting = with_fresh_noise(acting)
-            transition = jax.device_get(transition)
-            if run.env.failures:
-                fail(run.env.failures[0], code=1)
-            bad = first_not_finite({"observation": transition.obs, "reward": transition.reward})
-            if bad:
-                fail(f"--env-id {args.env_id}: the environment's {bad} is not finite", code=1)
-            played = add_episodes(played, transition, args.eval_steps)
-            with suppress(OSError, ValueError):
-                bar.update(bar.total - int(played.left.sum()) - bar.n)
-    return played
-
-
-def add_episodes(played: Played, transition: Transition, eval_steps: int) -> Played:
-    """Returns what was played, with the episodes that ended in a rollout [S, T, N, ...].
-
-    An environment whose episode is longer than eval_steps plays no further one.
-    """
-    returns = [list(x) for x in played.returns]
-    left = played.left.copy()
-    endless = played.endless
-    for seed, step, env in np.argwhere(transition.ended > 0):
-        if left[seed, env] > 0:
-            left[seed, env] -= 1
-            returns[seed].append(float(transition.episodic_return[seed, step, env]))
-    for seed, env in np.argwhere(transition.episodic_length[:, -1] >= eval_steps):
-        if left[seed, env] > 0:
+    returns = [[] for _ in range(args.num_seeds)]
+    left = np.full((args.num_seeds, args.num_envs), args.eval_episodes // args.num_envs)
+    runner = first_runner(run)
+    while left.any():
+        runner, transition = run.act(runner, learner)
+        learner = learner._replace(iteration=learner.iteration + 1)  # of other noise
+        ended = transition.ended > 0
+        for seed, step, env in np.argwhere(ended):
+            if left[seed, env]:
+                left[seed, env] -= 1
+                returns[seed].append(float(transition.episodic_return[seed, step, env]))
+        endless = (transition.episodic_length[:, -1] >= args.eval_steps) & ~ended[:, -1]
+        for seed, env in np.argwhere(endless & (left > 0)):
             left[seed, env] = 0
             returns[seed].append(float(transition.episodic_return[seed, -1, env]))
-            endless += 1
-    return Played(returns=returns, left=left, endless=endless)
+            note(f"an episode has not ended after --eval-steps {args.eval_steps}: it counts so far")
+    return returns
 
 
 RANDOM_AND_HUMAN = {  # scores of a random policy and of a human, as DQN Zoo has them
@@ -3599,117 +2081,92 @@ def judgement(mean: float, env: Environment, args: Args) -> str:
     return f"; solved from {env.threshold:g}: {mean >= env.threshold}"
 
 
-def evaluate(args: Args, saved: SavedRun) -> None:
-    """Runs a saved run's policies, says how they did, and writes it to result.json."""
+def evaluate(args: Args) -> int:
+    """Runs a run folder's policies, says how they did, and writes it to result.json."""
     os.environ.setdefault("MUJOCO_GL", "egl")  # before anything imports MuJoCo, for the film
-    size = min(args.num_envs, args.eval_episodes)  # no more environments than training had
-    playing = replace(args, num_envs=size, num_steps=100)
-    run = make_run(playing, seeds_of_envs(playing, 1), new=False)
-    played = play(run, saved.learner, args.eval_episodes)
+    trained = read_args(args.folder)
+    plain = {"mode": "eval", "run_dir": str(args.folder), "platform": "auto", "distributed": False}
+    args = tyro.cli(Args, default=trained.model_copy(update=plain), description=__doc__)
+    refuse_differences(args, trained)
+    make_mesh(args)  # sets JAX up
+    size = largest_divisor(args.eval_episodes, args.num_envs)
+    run = make_run(args.model_copy(update={"num_envs": size, "num_steps": 100}), 1)
+    if args.video and run.env.render is None:
+        raise InputError(f"--video: --env-id {args.env_id} has no method render")
+    learner = read_learner(args, run, args.use_best)
     rows = []
-    for seed, found in enumerate(played.returns, args.seed):
-        row = {"mean": float(np.mean(found)), "std": float(np.std(found)), "episodes": len(found)}
-        line = f"seed {seed}: return {row['mean']:.2f} +- {row['std']:.2f}"
-        line += f" over {len(found)} episodes, {min(found):.2f} to {max(found):.2f}"
-        line += judgement(row["mean"], run.env, args)
-        rows.append(row)
-        print(line, flush=True)
-    if played.endless:
-        note(f"{played.endless} episodes had not ended after --eval-steps {args.eval_steps}")
-    result = read_result(args.folder) or make_result(saved.args, saved.learner, saved.seconds)
+    for seed, found in enumerate(play(run, learner), args.seed):
+        mean, std = float(np.mean(found)), float(np.std(found))
+        line = f"seed {seed}: return {mean:.2f} +- {std:.2f} over {len(found)} episodes"
+        line += f", {min(found):.2f} to {max(found):.2f}"
+        print(line + judgement(mean, run.env, args), flush=True)
+        rows.append({"mean": mean, "std": std, "episodes": len(found)})
+    path = args.folder / "result.json"
+    result = json.loads(path.read_text()) if path.exists() else {}
     result["eval_return"] = rows
-    try:
-        write_atomically(args.folder / "result.json", to_json(result).encode())
-    except OSError as error:
-        note(f"{args.folder}/result.json is left as it was: {error.strerror}")
+    write_atomically(path, json.dumps(result, indent=2).encode())
     if args.video:
-        film(args, saved)
+        film(args, learner)
+    return 0
 
 
-def film(args: Args, saved: SavedRun) -> None:
+def film(args: Args, learner: LearnerState) -> None:
     """Films an episode of the first seed as videos/<env-id>.mp4 and .gif.
 
-    MuJoCo is filmed by Gymnasium's own environment of that name. In a run folder that cannot be
-    written, the films go to the current directory.
+    What Gymnasium has by the same name is filmed by Gymnasium.
     """
-    env_id = args.env_id
-    if "mujoco" in str(envpool.registration.registry.specs.get(env_id, "")):
-        env_id = f"gymnasium:{env_id}"
-    one = replace(args, env_id=env_id, num_envs=1, num_seeds=1, num_steps=1, vectorization="sync")
-    learner = jax.tree.map(lambda x: x[:1], saved.learner._replace(opt_state=None))
+    one = {"num_envs": 1, "num_seeds": 1, "num_steps": 1, "vectorization": "sync"}
+    if args.env_id in gymnasium.registry:
+        one["env_id"] = f"gymnasium:{args.env_id}"
+    if not args.native:
+        kwargs = json.loads(args.env_kwargs) | {"render_mode": "rgb_array"}
+        one["env_kwargs"] = json.dumps(kwargs)
+    run = make_run(args.model_copy(update=one), 1)
+    learner = jax.tree.map(lambda x: x[:1], learner)
+    runner = first_runner(run)
     frames = []
-    try:
-        run = make_run(one, seeds_of_envs(one, 1), new=False, render=True)
-        runner = run.runner
-        ended = False
-        while not ended and len(frames) < args.eval_steps:
-            frame = run.env.render(runner.env_state)
-            frames.append(frame.copy())  # viewers may draw all into one buffer
-            runner, transition = run.act(runner, learner)
-            learner = with_fresh_noise(learner)
-            ended = bool(transition.ended.any()) or bool(run.env.failures)
-        folder = args.folder if os.access(args.folder, os.W_OK) else Path.cwd()
-        path = folder / "videos" / args.env_id.replace("/", "_").replace(":", "_")
-        path.parent.mkdir(exist_ok=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # JAX's, of ffmpeg's process
-            film = {"plugin": "FFMPEG", "fps": 30, "macro_block_size": 2}  # even sizes are needed
-            imageio.v3.imwrite(f"{path}.mp4", np.stack(frames), **film)
-        small = np.stack(frames)[:300:3, ::2, ::2]
-        imageio.v3.imwrite(f"{path}.gif", small, duration=100, loop=0)
-    except Failure as failure:
-        note(f"--video: {failure}")
-    except Exception as error:  # no OpenGL, no ffmpeg, no room: whatever keeps one from filming
-        note(f"--video: {args.env_id} cannot be filmed, see README: {describe(error)}")
-    else:
-        print(f"filmed {len(frames)} steps: {path}.mp4, {path}.gif")
+    over = False
+    while not over and len(frames) < args.eval_steps:
+        frames.append(np.array(run.env.render(runner.env_state)))  # a copy, as some draw into it
+        runner, transition = run.act(runner, learner)
+        learner = learner._replace(iteration=learner.iteration + 1)  # of other noise
+        over = transition.ended.any()
+    path = args.folder / "videos" / args.env_id.replace("/", "_").replace(":", "_")
+    path.parent.mkdir(exist_ok=True)
+    frames = np.stack(frames)
+    imageio.v3.imwrite(f"{path}.mp4", frames, plugin="FFMPEG", fps=30, macro_block_size=2)
+    imageio.v3.imwrite(f"{path}.gif", frames[:300:3, ::2, ::2], duration=100, loop=0)
+    print(f"filmed {len(frames)} steps: {path}.mp4, {path}.gif")
 
 
-def parse(command_line: list[str], default: Args) -> Args:
-    """Returns the settings of a command line. Exits at --help (0) and at an unknown flag (2).
-
-    A protocol that is asked for gives other flags their defaults.
-    """
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
-    args = tyro.cli(Args, args=command_line, default=default, description=__doc__)
-    if args.protocol != default.protocol:
-        default = replace(default, protocol=args.protocol, **PROTOCOLS[args.protocol])
-        args = tyro.cli(Args, args=command_line, default=default, description=__doc__)
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    return args
-
-
-def interrupt(number: int, frame: Any) -> NoReturn:
-    """Handles a signal while there is nothing to save: before training, and in evaluation."""
-    note(f"{signal.Signals(number).name}: nothing more is written")
-    leave(128 + number)
+def parse(command_line: list[str] | None = None) -> Args:
+    """Returns the settings of a command line; a protocol gives other flags their defaults."""
+    args = tyro.cli(Args, args=command_line, description=__doc__)
+    preset = Args(protocol=args.protocol, **PROTOCOLS[args.protocol])
+    return tyro.cli(Args, args=command_line, default=preset, description=__doc__)
 
 
 def main() -> None:
     """Trains or evaluates, as the command line says."""
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, interrupt)
-    args = parse(sys.argv[1:], default=Args())
+    for name in ("stdout", "stderr"):  # daemons may have neither
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+    args = parse()
+    warnings.filterwarnings("ignore", message=r"os\.fork")  # JAX's: the children run no JAX
+    warnings.filterwarnings("ignore", message=".*precision lowered")  # of EnvPool's own spaces
     try:
-        validate(args)
-        mesh = configure(args)
-        if args.mode == "train":
-            train(args, mesh)
-        else:
-            try:
-                args, saved = asked_of(args.folder, sys.argv[1:], args.use_best)
-            except (ValueError, OSError) as error:
-                fail(f"--run-dir {error}")
-            validate(args)
-            evaluate(args, saved)
-    except Failure as failure:
-        note(str(failure))
-        if args.distributed:
-            leave(failure.code)  # the others wait for this process; mpirun and srun end them
-        raise
-    finally:
-        for child in multiprocessing.active_children():
-            child.kill()
+        code = train(args) if args.mode == "train" else evaluate(args)
+    except InputError as error:
+        note(str(error))
+        code = 2
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    for child in multiprocessing.active_children():
+        child.kill()
+    if args.distributed and code in (1, 2):
+        os._exit(code)  # an ordinary exit waits for the other processes, which wait for this one
+    sys.exit(code)
 
 
 if __name__ == "__main__":

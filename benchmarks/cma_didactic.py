@@ -65,7 +65,6 @@ def one_step_episodes(obs: np.ndarray, action: np.ndarray, reward: np.ndarray) -
         terminated=one,
         done=one,
         mask=one,
-        ended=one,
         episodic_return=reward[None],
         episodic_length=one,
         discounted_return=reward[None],
@@ -89,14 +88,15 @@ def optimize(
     }
     args = cma.Args(algorithm=algorithm, **defaults | settings)
     network = cma.ActorCritic(gymnasium.spaces.Box(-2, 2, (2,), np.float32), args)
-    init = partial(cma.init_learner, obs=np.zeros(1, np.float32), network=network, args=args)
+    nothing = cma.TimeStep(np.zeros(1, np.float32), np.float32(0), False, False)
+    init = partial(cma.init_learner, shown=nothing, network=network, args=args)
     learner = jax.jit(init)(np.uint32(seed))
     update = jax.jit(partial(cma.update, network=network, args=args))
-    obs = np.zeros((2, args.num_envs, 1, 1), np.float32)
+    obs = np.zeros((2, args.num_envs, 1), np.float32)
     random = np.random.default_rng(seed)
     found = {"action": [], "mean": [], "covariance": []}
     for _ in range(iterations):
-        policy, _ = network.apply(learner.params, obs[0, :, 0])
+        policy, _ = network.apply(learner.params, obs[0])
         noise = random.standard_normal((args.num_envs, 2)).astype(np.float32)
         action = np.clip(np.asarray(cma.sample_action(policy, noise)), -2, 2)
         found["action"].append(action)
@@ -133,7 +133,7 @@ def draw_panels(runs: dict[str, dict], iterations: int, path: Path) -> None:
     """Draws the paper's panels, a row per algorithm."""
     shown = [i for i in (0, 4, 8, 19) if i < iterations]
     size = (2.2 * len(shown), 9)
-    figure, axes = plt.subplots(4, len(shown), figsize=size, layout="constrained")
+    figure, axes = plt.subplots(4, len(shown), figsize=size, layout="constrained", squeeze=False)
     for row, name in zip(axes, NAMES, strict=True):
         row[0].set_ylabel(NAMES[name])
         for axis, i in zip(row, shown, strict=True):

@@ -22,8 +22,8 @@ def share_that_reached(action_repeat: int) -> float:
     """Returns the share of first episodes that end at the goal, not at the time limit."""
     small = {"num_envs": EPISODES, "num_steps": 999, "history_size": 1, "init_updates": 0}
     args = cma.Args(action_repeat=action_repeat, **small)
-    run = cma.make_run(args, cma.seeds_of_envs(args))
-    _, transition = run.act(run.runner, run.learner._replace(opt_state=None))
+    run = cma.make_run(args)
+    _, transition = run.act(cma.first_runner(run), run.init())
     return float(np.mean(np.asarray(transition.terminated[0]).any(axis=0)))
 
 

@@ -4,23 +4,16 @@
 
 where that Python has stable-baselines3 and gymnasium[mujoco]. Both train HalfCheetah-v4 with
 observation and reward normalisation and logging. Steps per second leave compilation out (ours:
-result.json's sps; theirs has none). Also the cost of an update against a bare fused loop with the
-same networks, minibatches and epochs, but without statistics, metrics or masks.
-Writes benchmarks/results/speed.json.
+result.json's sps; theirs has none). Writes benchmarks/results/speed.json.
 """
 
-import itertools
 import json
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
 
 ROOT = Path(__file__).parents[1]
@@ -108,79 +101,17 @@ def peer(python: str) -> float:
     return float(out.split("sps")[-1])
 
 
-def bare_mlp(layers: list, x: jax.Array) -> jax.Array:
-    """Returns what a tanh network, a list of (kernel, bias), makes of x."""
-    for kernel, bias in layers[:-1]:
-        x = jnp.tanh(x @ kernel + bias)
-    kernel, bias = layers[-1]
-    return x @ kernel + bias
-
-
-def bare_loss(params, obs, action, log_prob, advantage, target):
-    """Returns PPO's loss of a minibatch, and nothing else."""
-    actor, critic, log_std = params
-    scaled = (action - bare_mlp(actor, obs)) * jnp.exp(-log_std)
-    ratio = jnp.exp(jnp.sum(-0.5 * scaled**2 - log_std - 0.919, axis=-1) - log_prob)
-    advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-    clipped = jnp.clip(ratio, 0.8, 1.2)
-    policy_loss = jnp.maximum(-advantage * ratio, -advantage * clipped).mean()
-    return policy_loss + 0.25 * jnp.mean((bare_mlp(critic, obs)[:, 0] - target) ** 2)
-
-
-BARE_OPTIMIZER = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(3e-4, eps=1e-5))
-
-
-def bare_minibatch(carry, batch):
-    params, opt_state = carry
-    updates, opt_state = BARE_OPTIMIZER.update(jax.grad(bare_loss)(params, *batch), opt_state)
-    return (optax.apply_updates(params, updates), opt_state), None
-
-
-@jax.jit
-def bare_update(carry, key, data):
-    """Returns (parameters, Adam's state) after 10 epochs of 32 minibatches of 64."""
-
-    def epoch(carry, key):
-        order = jax.random.permutation(key, 2048).reshape(32, 64)
-        return jax.lax.scan(bare_minibatch, carry, jax.tree.map(lambda x: x[order], data))
-
-    return jax.lax.scan(epoch, carry, jax.random.split(key, 10))[0]
-
-
-def bare_update_sps() -> float:
-    """Returns transitions per second of the bare loop, with 64 x 64 tanh networks."""
-    random = np.random.default_rng(0)
-
-    def layers(*sizes):
-        pairs = itertools.pairwise(sizes)
-        return [(jnp.float32(random.normal(0, a**-0.5, (a, b))), jnp.zeros(b)) for a, b in pairs]
-
-    params = (layers(17, 64, 64, 6), layers(17, 64, 64, 1), jnp.zeros(6))
-    shapes = ((2048, 17), (2048, 6), (2048,), (2048,), (2048,))
-    data = tuple(jnp.float32(random.normal(0, 1, shape)) for shape in shapes)
-    carry = bare_update((params, BARE_OPTIMIZER.init(params)), jax.random.key(0), data)
-    start = time.perf_counter()
-    for i in range(10):
-        carry = jax.block_until_ready(bare_update(carry, jax.random.key(i), data))
-    return 10 * 2048 / (time.perf_counter() - start)
-
-
 def main(peer_python: str, repeats: int = 3) -> None:
     """Measures everything `repeats` times in turn, and writes medians' ratios."""
     base = "Stable-Baselines3, 1 x 2048"
-    rows = {name: [] for name in (base, "bare update", "our update, 1 x 2048", *CASES)}
+    rows = {name: [] for name in (base, *CASES)}
     for _ in range(repeats):
         rows[base].append(peer(peer_python))
         for name, flags in CASES.items():
             result = ours(flags)
             rows[name].append(result["sps"])
-            if name == "1 x 2048":
-                rows["our update, 1 x 2048"].append(result["sps_update"])
-        rows["bare update"].append(bare_update_sps())
     middle = {name: float(np.median(values)) for name, values in rows.items()}
     ratios = {f"{name} / Stable-Baselines3": middle[name] / middle[base] for name in CASES}
-    cost = middle["bare update"] / middle["our update, 1 x 2048"]
-    ratios["update cost / bare update cost"] = cost
     content = {
         "steps_per_second": rows,
         "ratios of medians": ratios,

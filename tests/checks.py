@@ -1,4 +1,4 @@
-"""The formulas of a script, or of a mutant of it, against tests/reference.py."""
+"""The formulas of a script, or of a mutant of it, against tests/reference.py, in float64."""
 
 import re
 from functools import partial
@@ -41,7 +41,6 @@ def rollout(rng, shape=(T, N)):
         "terminated": terminated,
         "done": done,
         "mask": mask,
-        "ended": done * mask,
         "episodic_return": rng.normal(0, 5, shape),
         "episodic_length": rng.normal(0, 5, shape),
         "discounted_return": rng.normal(0, 5, shape),
@@ -237,14 +236,14 @@ def check_kl_barrier(ppo):
         return 30 * max(0.0, excess) ** 2
 
     assert penalty(params[0]) > 0.01
+    args = ppo.Args(objective="kl-penalty", kl_barrier=30)
+    batch = as_batch(ppo, b)
+    grads = []
     with jax.enable_x64(True):
-        grads = []
-        for weight in (0.0, 30.0):
-            args = ppo.Args(objective="kl-penalty", kl_barrier=weight)
+        for coefficient in (0.0, ppo.kl_barrier(params, batch, Direct(ppo), args)):
+            numbers = schedule(ppo, **SETTINGS | {"kl_coef": coefficient})
             loss = jax.grad(ppo.ppo_loss, has_aux=True)
-            numbers = schedule(ppo, **SETTINGS)
-            grad, _ = loss(params, as_batch(ppo, b), numbers, Direct(ppo), args)
-            grads.append(grad[0])
+            grads.append(loss(params, batch, numbers, Direct(ppo), args)[0][0])
     for index in [(0, 0), (3, 1), (7, 0)]:
         moved = [np.array(params[0]), np.array(params[0])]
         moved[0][index] += 1e-6
@@ -257,19 +256,18 @@ def check_kl_barrier(ppo):
 def check_l2(ppo):
     """Half the sum of squares of the weights, none of biases and of log_std."""
     params, b = loss_case(np.random.default_rng(6))
-    weights = {"kernel": np.array([[3.0, 4.0]]), "bias": np.array([7.0])}
+    losses = []
     with jax.enable_x64(True):
-        np.testing.assert_allclose(ppo.sum_of_squares(weights), 25)
-        losses = []
         for weight in (0.0, 0.1):
             numbers = schedule(ppo, **SETTINGS)
             args = ppo.Args(l2_coef=weight)
             losses.append(ppo.ppo_loss(params, as_batch(ppo, b), numbers, Direct(ppo), args)[0])
-        matrix = params[0]  # of Direct's parameters, the only one with two axes
-        np.testing.assert_allclose(losses[1] - losses[0], 0.05 * np.sum(matrix**2), **CLOSE)
+    matrix = params[0]  # of Direct's parameters, the only one with two axes
+    np.testing.assert_allclose(losses[1] - losses[0], 0.05 * np.sum(matrix**2), **CLOSE)
 
 
 def small_args(ppo, **changes):
+    """Returns settings for updates of T x N steps; of these, those that the script has."""
     settings = {
         "num_envs": N,
         "num_steps": T,
@@ -291,7 +289,8 @@ def small_args(ppo, **changes):
         "vf_coef": 0.5,
         "log_std_init": 0.0,
     }
-    return ppo.Args(**settings | changes)
+    known = {name: x for name, x in settings.items() if name in ppo.Args.model_fields}
+    return ppo.Args(**known | changes)
 
 
 def to_double(x):
@@ -300,6 +299,13 @@ def to_double(x):
 
 def to_single(x):
     return np.asarray(x, np.float32 if x.dtype == np.float64 else x.dtype)
+
+
+def new_learner(ppo, seed, obs_size, network, args):
+    """Returns a learner for environments that show so many numbers."""
+    shown = ppo.TimeStep(np.zeros(obs_size, np.float32), np.float32(0), False, False)
+    init = partial(ppo.init_learner, shown=shown, network=network, args=args)
+    return jax.jit(init)(np.uint32(seed))
 
 
 def start(ppo, args):
@@ -311,7 +317,7 @@ def start(ppo, args):
     rng = np.random.default_rng(4)
     r = rollout(rng)
     with jax.enable_x64(True):
-        learner = ppo.init_learner(np.uint32(3), np.zeros(D, np.float32), network, args)
+        learner = new_learner(ppo, 3, D, network, args)
         learner = jax.tree.map(to_double, learner)
         moved = jax.tree.map(lambda x: x + 0.3 * rng.normal(0, 1, x.shape), learner.params)
         learner = learner._replace(
@@ -320,7 +326,8 @@ def start(ppo, args):
             obs_stats=ppo.RunningStats(rng.normal(0, 1, D), rng.uniform(1, 2, D), np.float64(50)),
             return_stats=ppo.RunningStats(np.float64(0.3), np.float64(2), np.float64(50)),
         )
-    return network, learner, ppo.Transition(**r | {"obs": r["obs"][:, :, None]}), r
+        transition = ppo.Transition(**{name: jnp.asarray(x) for name, x in r.items()})
+    return network, learner, transition, r
 
 
 def layers(tree, name):
@@ -347,8 +354,8 @@ def check_update(ppo):
     for changes in (
         {},
         {"recompute_advantages": True, "anneal_lr": False},
-        {"objective": "kl-penalty", "anneal_clip": True},
-        {"anneal_ent": True, "norm_adv": False, "norm_adv_once": True},
+        {"norm_adv": False, "clip_vloss": False},
+        {"objective": "kl-penalty", "anneal_clip": True, "kl_barrier": 30, "desired_kl": 1e-3},
     ):
         args = small_args(ppo, **changes)
         network, learner, transition, r = start(ppo, args)
@@ -358,17 +365,16 @@ def check_update(ppo):
             "obs": tuple(map(np.asarray, learner.obs_stats)),
             "ret": tuple(map(np.asarray, learner.return_stats)),
         }
-        s = vars(args) | {name: float(x) for name, x in learner.schedule._asdict().items()}
+        s = dict(args) | {name: float(x) for name, x in learner.schedule._asdict().items()}
         left = 1 - 3 / args.num_iterations
         for on, name in (
             (args.anneal_lr, "learning_rate"),
             (args.anneal_clip, "clip_coef"),
-            (args.anneal_ent, "ent_coef"),
         ):
             s[name] *= left if on else 1
         with jax.enable_x64(True):
             compiled = jax.jit(partial(ppo.update, network=network, args=args))
-            new, metrics = compiled(learner, transition)
+            new, metrics = jax.tree.map(np.asarray, compiled(learner, transition))
             expected = reference.update(nets, r, stats, orders(learner, args), s)
         (actor, log_std, critic), new_stats, seen = expected
         compare_update(new, metrics, (actor, log_std, critic), new_stats, seen)
@@ -394,12 +400,12 @@ def compare_update(new, metrics, nets, new_stats, seen):
 
 def compare_episodes(new, metrics, r):
     """What is counted of the episodes that ended, time first, as in the rollout."""
-    ended = r["ended"] > 0
+    ended = r["done"] * r["mask"] > 0
     returns = r["episodic_return"][ended]
     lengths = r["episodic_length"][ended]
     assert new.episodes == len(returns)
     np.testing.assert_allclose(new.returns[-len(returns) :], returns, **CLOSE)
-    assert not new.returns[: -len(returns)].any()
+    assert np.all(new.returns[: -len(returns)] == -np.inf)
     np.testing.assert_allclose(metrics["charts/episodic_length"], lengths.mean(), **CLOSE)
     np.testing.assert_allclose(metrics["charts/episodic_return"], returns.mean(), **CLOSE)
     np.testing.assert_allclose(metrics["charts/episodic_return_100"], returns.mean(), **CLOSE)
@@ -412,12 +418,10 @@ def check_last_100(ppo):
     seen = []
     with jax.enable_x64(True):
         count = jax.jit(ppo.count_episodes)
-        learner = learner._replace(returns=np.zeros(100))
         for i in range(20):
             returns = 1000.0 * i + np.arange(T * N).reshape(T, N)
-            step = transition._replace(episodic_return=returns)
-            learner, metrics = count(learner, step)
-            seen += returns[transition.ended > 0].tolist()
+            learner, metrics = count(learner, transition._replace(episodic_return=returns))
+            seen += returns[transition.done * transition.mask > 0].tolist()
             last = seen[-100:]
             np.testing.assert_array_equal(learner.returns[-len(last) :], last)
             np.testing.assert_allclose(metrics["charts/episodic_return_100"], np.mean(last))
@@ -438,29 +442,29 @@ def check_env_step(ppo):
         end = n == 3
         new = ppo.TimeStep(
             obs=jnp.stack([n, episode]).astype(jnp.float32)[None, None],
-            reward=jnp.where(ended, 0.0, 10.0 * n)[None].astype(jnp.float32),
-            terminated=(end & (episode % 2 == 0))[None],
-            truncated=(end & (episode % 2 == 1))[None],
+            reward=jnp.where(ended, 0.0, 10.0 * n)[None, None].astype(jnp.float32),
+            terminated=(end & (episode % 2 == 0))[None, None],
+            truncated=(end & (episode % 2 == 1))[None, None],
         )
         return (n, episode), new
 
-    parts = dict.fromkeys(ppo.Environment._fields) | {"step": step, "action_space": SPACE}
+    none = jnp.zeros((1, 1), bool)
+    first = ppo.TimeStep(jnp.zeros((1, 1, 2)), jnp.zeros((1, 1)), none, none)
+    parts = dict.fromkeys(ppo.Environment._fields)
+    parts |= {"first": ((0, 0), first), "step": step, "action_space": SPACE}
     env = ppo.Environment(**parts)
-    none = jnp.zeros(1, bool)
-    zero = jnp.zeros(1)
-    first = ppo.TimeStep(jnp.zeros((1, 1, 2)), zero, none, none)
-    runner = ppo.RunnerState((0, 0), first, ppo.Episode(zero, zero, zero))
+    runner = ppo.first_runner(SimpleNamespace(env=env))
     network = ppo.ActorCritic(SPACE, args)
-    learner = ppo.init_learner(np.uint32(0), np.zeros(2, np.float32), network, args)
+    learner = new_learner(ppo, 0, 2, network, args)
     learner = jax.tree.map(lambda x: x[None], learner)
-    _, t = ppo.rollout(runner, learner, 0, env, network, args)
+    act = jax.jit(partial(ppo.rollout, first_env=0, env=env, network=network, args=args))
+    _, t = act(runner, learner)
     t = jax.tree.map(lambda x: np.asarray(x[0, :, 0]), t)
-    np.testing.assert_array_equal(t.obs[:, 0, 0], [0, 1, 2, 3, 0, 1, 2, 3, 0])
+    np.testing.assert_array_equal(t.obs[:, 0], [0, 1, 2, 3, 0, 1, 2, 3, 0])
     np.testing.assert_array_equal(t.reward, [10, 20, 30, 0, 10, 20, 30, 0])
     np.testing.assert_array_equal(t.mask, [1, 1, 1, 0, 1, 1, 1, 0])
     np.testing.assert_array_equal(t.terminated, [0, 0, 1, 0, 0, 0, 0, 0])
     np.testing.assert_array_equal(t.done, [0, 0, 1, 0, 0, 0, 1, 0])
-    np.testing.assert_array_equal(t.ended, t.done)
     np.testing.assert_array_equal(t.episodic_return, [10, 30, 60, 0, 10, 30, 60, 0])
     np.testing.assert_array_equal(t.episodic_length, [1, 2, 3, 0, 1, 2, 3, 0])
     discounted = [10, 29, 56.1, 0, 10, 29, 56.1, 0]
@@ -469,34 +473,42 @@ def check_env_step(ppo):
     key = jax.random.fold_in(learner.key[0], 0)
     noise = np.asarray(jax.random.normal(key, (8, 1, U), jnp.float32))[:, 0]
     one = jax.tree.map(lambda x: x[0], learner)
-    mean = network.apply(one.params, t.obs[:8, 0])[0].mean
+    mean = network.apply(one.params, t.obs[:8])[0].mean
     np.testing.assert_allclose(t.action, mean + noise, rtol=1e-5, atol=1e-6)
 
 
 def check_env_action(ppo):
-    """Scaled to bounds where there are two, clipped, reshaped; huge bounds are none."""
+    """Scaled to bounds where there are two, squashed, clipped, reshaped; huge bounds are none."""
     action = np.array([[-2, -1, 0, 0.5, 3]], np.float32)
     low = np.float32([-1, 0, 2, 0, -np.inf])
     high = np.float32([1, 4, 6, 2, np.inf])
     space = Box(low, high, dtype=np.float32)
-    scaled = ppo.env_action(action, space, ppo.Args())
-    np.testing.assert_allclose(scaled, [[-1, 0, 4, 1.5, 3]])
-    clipped = ppo.env_action(action, space, ppo.Args(scale_actions=False))
-    np.testing.assert_allclose(clipped, [[-1, 0, 2, 0.5, 3]])
-    if hasattr(ppo.Args(), "squash_actions"):
-        squashed = ppo.env_action(action, space, ppo.Args(squash_actions=True))
-        tanh = np.tanh(action[0])
-        wanted = [tanh[0], 2 + 2 * tanh[1], 4 + 2 * tanh[2], 1 + tanh[3], tanh[4]]
-        np.testing.assert_allclose(squashed[0], wanted, rtol=1e-5, atol=1e-6)
+    tanh = np.tanh(action[0])
+    for changes, wanted in (
+        ({}, [-1, 0, 4, 1.5, 3]),
+        ({"scale_actions": False}, [-1, 0, 2, 0.5, 3]),
+        ({"squash_actions": True}, [tanh[0], 2 + 2 * tanh[1], 4, 1 + tanh[3], tanh[4]]),
+    ):
+        if changes.keys() <= ppo.Args.model_fields.keys():
+            found = ppo.env_action(action, space, ppo.Args(**changes))
+            np.testing.assert_allclose(found[0], wanted, rtol=1e-5, atol=1e-6)
+            assert found.dtype == np.float32
     flat = np.zeros((3, 4), np.float32)
     assert ppo.env_action(flat, Box(-1, 1, (2, 2)), ppo.Args()).shape == (3, 2, 2)
     most = float(np.finfo(np.float32).max)
-    huge = ppo.env_action(np.float32([[0.5]]), Box(-most, most, (1,)), ppo.Args())
-    np.testing.assert_allclose(huge, [[0.5]])
-    one_sided = ppo.env_action(np.float32([[0.5]]), Box(-most, 1, (1,)), ppo.Args())
-    np.testing.assert_allclose(one_sided, [[0.5]])
-    whole = ppo.as_space_dtype(np.array([-2.6, -0.4, 0.6, 1.5]), Box(-2, 2, (4,), np.int32))
-    np.testing.assert_array_equal(whole, [-2, 0, 1, 2])  # to the nearest, not towards 0
+    for lower, upper in ((-most, most), (-most, 1), (-1, most)):
+        found = ppo.env_action(np.float32([[0.5]]), Box(lower, upper, (1,)), ppo.Args())
+        np.testing.assert_allclose(found, [[0.5]])
+    # whole numbers: to the nearest, not towards 0
+    whole = np.float32([[-2.6, -0.4, 0.6, 1.6]])
+    found = ppo.env_action(whole, Box(-2, 2, (4,), np.int32), ppo.Args(scale_actions=False))
+    np.testing.assert_array_equal(found, [[-2, 0, 1, 2]])
+    assert found.dtype == np.int32
+    # inside of bounds that no float32 is
+    tight = Box(-0.1, 0.1, (2,), np.float64)
+    with jax.enable_x64(True):
+        found = np.asarray(ppo.env_action(np.float32([[-9, 9]]), tight, ppo.Args()))
+    assert found.dtype == np.float64 and tight.contains(found[0])
 
 
 def lowered(function, inputs):

@@ -56,7 +56,7 @@ def load(path, text=None):
     """Returns a script as a module, from its file or from a changed text."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # where dataclasses look for it
+    sys.modules[path.stem] = module  # where pydantic looks for its types
     exec(compile(text or path.read_text(), str(path), "exec"), module.__dict__)
     return module
 
@@ -69,21 +69,26 @@ def mutate(script, text, slip):
     return load(path, source.replace(text, slip))
 
 
-# What ppo_atari.py trains on in tests of what it shares with the others
-DISCRETE = {
-    "Pendulum-v1": "CartPole-v1",
-    "gymnax/Pendulum-v1": "gymnax/CartPole-v1",
-    "scripted:Counter-v0": "scripted:Chooser-v0",
+# What scripts that act otherwise train on in tests of what they share with the others
+TASKS = {
+    "ppo_atari": {
+        "Pendulum-v1": "CartPole-v1",
+        "gymnax/Pendulum-v1": "gymnax/CartPole-v1",
+        "scripted:Counter-v0": "scripted:Chooser-v0",
+    },
+    "ppo_multiagent": {
+        "Pendulum-v1": "scripted:Pair-v0",
+        "gymnax/Pendulum-v1": "jax:jax_tasks:team",
+        "scripted:Counter-v0": "scripted:Pair-v0",
+    },
 }
 
 
 def command(script, *args):
     """Returns the command line of a script, which is a stem or a path."""
     path = script if isinstance(script, Path) else ROOT / f"{script}.py"
-    rest = [str(x) for x in args]
-    if script == "ppo_atari":
-        rest = [DISCRETE.get(x, x) for x in rest]
-    return [sys.executable, str(path), *rest]
+    tasks = TASKS.get(script, {})
+    return [sys.executable, str(path), *(tasks.get(str(x), str(x)) for x in args)]
 
 
 def environment(**more):

@@ -68,6 +68,28 @@ class Broken(Counter):
         return obs, state, jnp.where(bad, jnp.nan, reward), terminated, ended, info
 
 
+class Drift:
+    """Moves by 0.25 a step and earns its position: 9 in an episode of 8 steps.
+
+    Its reset writes whole numbers, as one does by hand, and its steps fractions.
+    """
+
+    observation_space = Box(-10, 10, (1,))
+    action_space = Box(-1, 1, (1,))
+
+    def __init__(self, zero=0):
+        self.zero = zero
+
+    def reset(self, key):
+        state = {"position": jnp.array(self.zero), "time": jnp.array(0, jnp.int8)}
+        return state["position"][None], state
+
+    def step(self, key, state, action):
+        time = state["time"] + 1
+        state = {"position": state["position"] + 0.25, "time": time}
+        return state["position"][None], state, state["position"], False, time >= 8, {}
+
+
 class Empty(Counter):
     """A part of its state has no elements, as in MuJoCo's where nothing touches."""
 
@@ -117,6 +139,10 @@ class Typed(Counter):
     def reset(self, key):
         obs, state = super().reset(key)
         return obs, (state, jax.random.wrap_key_data(key))
+
+    def step(self, key, state, action):
+        obs, inner, *rest = super().step(key, state[0], action)
+        return (obs, (inner, state[1]), *rest)
 
 
 class Cue(NamedTuple):

@@ -19,10 +19,10 @@ PACKAGES = (
     "imageio.v3",
     "jax.experimental.multihost_utils",
     "optax",
+    "pydantic",
     "tensorboard.plugins.histogram.summary_v2",
     "tensorboard.plugins.hparams.summary_v2",
-    "tensorboard.plugins.text.summary_v2",
-    "tensorboard.summary.writer.record_writer",
+    "tensorboard.summary.writer.event_file_writer",
     "tqdm",
     "tyro",
 )

@@ -154,6 +154,17 @@ def loss(policy, value, batch, s):
     return total, out, (d_mean, d_log_std, d_value)
 
 
+def barred(s, batch, mean, log_std):
+    """Returns settings whose KL penalty also has the slope of Heess et al.'s barrier.
+
+    Of b max(0, KL - 2 desired)^2, with KL the minibatch's mean, it is 2 b max(0, KL - 2 desired).
+    """
+    rows = zip(batch["old_mean"], batch["old_log_std"], mean, strict=True)
+    divergence = np.array([kl(*row, log_std) for row in rows])[batch["mask"] > 0].mean()
+    slope = 2 * s["kl_barrier"] * max(0.0, divergence - 2 * s["desired_kl"])
+    return s | {"kl_coef": s["kl_coef"] + slope}
+
+
 class Adam:
     """Kingma and Ba 2014, algorithm 1, behind a bound on the global gradient norm."""
 
@@ -215,9 +226,6 @@ def update(nets, rollout, stats, orders, s):
             reward, rollout["terminated"], rollout["done"], value, s["gamma"], s["gae_lambda"]
         )
         target = advantage + value[:-1]
-        if s["norm_adv_once"]:
-            columns = zip(advantage.T, mask.T, strict=True)
-            advantage = np.stack([normalized_advantage(*column) for column in columns], axis=1)
         return advantage.ravel(), target.ravel()
 
     flat = obs[:-1].reshape(T * N, -1)
@@ -253,7 +261,9 @@ def update(nets, rollout, stats, orders, s):
                 batch["advantage"] = normalized_advantage(advantage[index], weights)
             mean, actor_activations = mlp(actor, flat[index])
             value, critic_activations = mlp(critic, flat[index])
-            _, metrics, (d_mean, d_log_std, d_value) = loss((mean, log_std), value[:, 0], batch, s)
+            now = barred(s, batch, mean, log_std)
+            _, metrics, gradient = loss((mean, log_std), value[:, 0], batch, now)
+            d_mean, d_log_std, d_value = gradient
             seen.append(metrics)
             grads = mlp_gradient(actor, actor_activations, d_mean)
             grads += mlp_gradient(critic, critic_activations, d_value[:, None])

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 from conftest import ROOT, SMALL, command, environment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -26,9 +27,24 @@ def scalars(folder):
     return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in names}
 
 
+def saved(folder):
+    """Returns {name: array} of all that a run's newest checkpoint has of learner and runner."""
+    with np.load(max((folder / "checkpoints").glob("[0-9]*.npz"))) as file:
+        return {name: file[name] for name in file if name not in (".timing", ".best")}
+
+
+def assert_same(folder, other, **tolerance):
+    """Checks that two runs ended with the same state; without a tolerance, to the last bit."""
+    mine, theirs = saved(folder), saved(other)
+    assert mine.keys() == theirs.keys() and len(mine) > 30
+    for name, x in mine.items():
+        tolerance = tolerance or {"rtol": 0, "atol": 0}
+        np.testing.assert_allclose(x, theirs[name], err_msg=name, **tolerance)
+
+
 def steps_saved(folder):
     """Returns the iterations of which a run folder has checkpoints."""
-    return sorted(int(path.stem) for path in (folder / "checkpoints").glob("*.msgpack"))
+    return sorted(int(path.stem) for path in (folder / "checkpoints").glob("[0-9]*.npz"))
 
 
 def wait_for(path, process):
@@ -54,8 +70,9 @@ def start_long(tmp_path, script, *flags):
 def run_on_cores(tmp_path, script, cores, *flags):
     """Runs a script whose minibatches of 64 rows are worth as many cores as there are."""
     code = (
-        f"import os, {script} as m; m.ROWS_PER_CORE = 32;"
-        f" os.sched_getaffinity = lambda _: range({cores}); m.main(); print(m.jax.devices())"
+        f"import os, {script} as m; m.ROWS_PER_CORE = 32\n"
+        f"os.sched_getaffinity = lambda _: range({cores})\n"
+        "try:\n m.main()\nfinally:\n print(m.jax.devices())"
     )
     _, _, *rest = command(script, *SMALL[script], *flags)
     line = [sys.executable, "-c", code, *rest]

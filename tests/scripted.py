@@ -69,13 +69,6 @@ class Mirrored(Counter):
         return np.stack([obs, -obs])
 
 
-class Fickle(Counter):
-    """With observation augmentation that changes its number of copies."""
-
-    def augment_observation(self, obs):
-        return np.stack([obs] * (3 if self.count == 5 else 2))
-
-
 class Table(Counter):
     """A counter that shows a small table of numbers."""
 
@@ -106,14 +99,71 @@ class Choices(Counter):
         super().__init__()
         self.observation_space = spaces.Dict(
             number=spaces.Discrete(4, start=5),
-            pair=spaces.MultiDiscrete([3, 2]),
+            pair=spaces.MultiDiscrete([3, 2], start=[4, 0]),
             bits=spaces.MultiBinary(3),
         )
 
     def obs(self):
         number = np.int64(5 + self.count % 4)
         bits = np.array([1, 0, self.count % 2], np.int8)
-        return {"number": number, "pair": np.array([self.count % 3, 0]), "bits": bits}
+        return {"number": number, "pair": np.array([4 + self.count % 3, 0]), "bits": bits}
+
+
+class Tuples(Counter):
+    """With a Tuple of observations, of which a choice begins below 0 and later leaves its space."""
+
+    def __init__(self, leaves=10**9):
+        super().__init__()
+        self.leaves = leaves
+        both = [Box(-np.inf, np.inf, (2,), np.float64), spaces.Discrete(3, start=-1)]
+        self.observation_space = spaces.Tuple(both)
+
+    def obs(self):
+        return super().obs().astype(np.float64), self.count % self.leaves % 3 - 1
+
+    def step(self, action):
+        obs, *rest = super().step(action)
+        return (obs[0], 2) if self.count == self.leaves else obs, *rest
+
+
+class WholeKeys(Counter):
+    """With a Dict whose keys are whole numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.observation_space = spaces.Dict({3: Box(0, 255, (1,), np.uint8), 1: Box(-9, 9, (2,))})
+
+    def obs(self):
+        return {3: np.array([200], np.uint8), 1: super().obs()}
+
+
+class Strict(Counter):
+    """Asserts, as Gymnasium's own do, that actions are of its space, in dtype, shape and bounds."""
+
+    def step(self, action):
+        space = self.action_space
+        assert action.dtype == space.dtype and space.contains(action), action.tolist()
+        return super().step(action[:1])
+
+
+class Odd(Counter):
+    """Returns what is nearly right: `kind` of a reward; ends that are numbers; infos of its own."""
+
+    def __init__(self, shape=(1,), kind="float32"):
+        super().__init__()
+        self.shape = tuple(shape)
+        self.kind = kind
+
+    def reset(self, *, seed=None, options=None):
+        obs, _ = super().reset(seed=seed)
+        self.length = int(self.np_random.integers(4, 8))
+        return obs, {"name": "begin", "final": None}
+
+    def step(self, action):
+        obs, _, terminated, truncated, _ = super().step(action)
+        info = {"name": self.count, self.count: [{}] * self.count, "_name": 3}
+        reward = np.full(self.shape, 3, self.kind)
+        return obs, reward, np.bool_(terminated), int(truncated), info
 
 
 class Integers(Counter):
@@ -257,8 +307,11 @@ class Pair(gymnasium.Env):
     earns 1 for its highest choice.
     """
 
-    def __init__(self, length=7):
+    metadata: ClassVar[dict] = {"render_modes": ["rgb_array"]}
+
+    def __init__(self, length=7, render_mode=None):
         self.length = length
+        self.render_mode = render_mode
         self.count = 0
         self.observation_space = spaces.Tuple([Box(-9, 9, (2,)), Box(-9, 9, (3,))])
         self.action_space = spaces.Tuple([spaces.Discrete(2), spaces.Discrete(3)])
@@ -278,6 +331,9 @@ class Pair(gymnasium.Env):
         rewards = [float(action[0] == 1), float(action[1] == 2)]
         return self.obs(), rewards, False, self.count == self.length, {}
 
+    def render(self):
+        return np.full((64, 64, 3), self.count, np.uint8)
+
 
 class Limited(Pair):
     """With a limit of its own that is called as Gymnasium's."""
@@ -295,10 +351,20 @@ for name, entry, settings in (
     ("BothEnds-v0", Counter, {"end": "both"}),
     ("Mirrored-v0", Mirrored, {}),
     ("MirroredChooser-v0", Mirrored, {"space": spaces.Discrete(2)}),
-    ("Fickle-v0", Fickle, {}),
     ("Nested-v0", Nested, {}),
     ("Table-v0", Table, {}),
     ("Choices-v0", Choices, {}),
+    ("Tuples-v0", Tuples, {}),
+    ("WholeKeys-v0", WholeKeys, {}),
+    ("Strict-v0", Strict, {"space": Box(-0.1, 0.1, (2,), np.float64)}),
+    (
+        "StrictSides-v0",
+        Strict,
+        {"space": Box(np.array([0.1, -np.inf]), np.array([0.3, 0.7]), dtype=np.float64)},
+    ),
+    ("StrictHalf-v0", Strict, {"space": Box(-0.1, 0.3, (2, 1), np.float16)}),
+    ("StrictWhole-v0", Strict, {"space": Box(-3, 4, (2,), np.int8)}),
+    ("Odd-v0", Odd, {}),
     ("Integers-v0", Integers, {}),
     ("Broken-v0", Broken, {}),
     ("Endless-v0", Endless, {}),

@@ -23,7 +23,8 @@ def definitions(path: Path) -> dict[str, str]:
                 bound = (alias.asname or alias.name).split(".")[0]
                 found[bound] = f"import {module}:{alias.name}"
             continue
-        targets = [x for target in getattr(node, "targets", []) for x in ast.walk(target)]
+        given = getattr(node, "targets", [getattr(node, "target", None)])
+        targets = [x for target in given if target for x in ast.walk(target)]
         names = [x.id for x in targets if isinstance(x, ast.Name)]
         if hasattr(node, "name"):
             names.append(node.name)

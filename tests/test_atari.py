@@ -1,9 +1,8 @@
 """What is ppo_atari.py's own: choices, convolutions, lives, RAM, stacked frames, protocols."""
 
 import math
-import threading
-from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import envpool
 import imageio.v3
@@ -13,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checks import lowered
-from conftest import ROOT, environment, mutate
+from conftest import environment, mutate
 from gymnasium import spaces
 from processes import execute
 from runs import result
-from test_environments import KEPT, assert_next_step_resets, play
+from test_environments import KEPT, assert_next_step_resets, begin, play
 
 B = 24
 CHOICES = 5
@@ -39,13 +38,11 @@ def test_distribution_of_choices(atari):
         log_probs = atari.log_prob(policy, action)
         entropies = atari.entropy(policy)
         divergences = atari.kl(atari.Categorical(logits=jnp.asarray(old)), policy)
-        tops = atari.spread(policy)["policy/most_likely"]
     for i in range(B):
         p, q = softmax(old[i]), softmax(new[i])
         np.testing.assert_allclose(log_probs[i], math.log(q[action[i]]), rtol=1e-12)
         np.testing.assert_allclose(entropies[i], -sum(q * np.log(q)), rtol=1e-12)
         np.testing.assert_allclose(divergences[i], sum(p * np.log(p / q)), rtol=1e-11)
-    np.testing.assert_allclose(tops, np.mean([softmax(x).max() for x in new]), rtol=1e-12)
 
 
 def test_sampled_choices_have_their_probabilities(atari):
@@ -107,7 +104,7 @@ def test_loss_of_choices_and_its_gradient(atari):
         batch = {name: jnp.asarray(x) for name, x in rows.items()}
         batch["mask"] /= mask.mean()
         batch = atari.Batch(obs=None, policy=atari.Categorical(logits=jnp.asarray(old)), **batch)
-        numbers = s | {"learning_rate": 1.0, "kl_coef": 1.0, "gamma": 0.9, "gae_lambda": 0.9}
+        numbers = s | {"learning_rate": 1.0, "gamma": 0.9, "gae_lambda": 0.9}
         schedule = atari.Schedule(**{k: jnp.float64(x) for k, x in numbers.items()})
         params = {"logits": jnp.asarray(logits), "value": jnp.asarray(value)}
         args = atari.Args(clip_vloss=True)
@@ -128,28 +125,38 @@ def test_loss_of_choices_and_its_gradient(atari):
 
 
 # --- Networks ---
-@pytest.mark.parametrize(
-    ("height", "width", "channels", "size", "stride"),
-    [(84, 84, 4, 8, 4), (20, 20, 3, 4, 2), (9, 9, 5, 3, 1), (19, 22, 2, 4, 2), (11, 9, 2, 3, 2)],
-)
+SIZES = [
+    (84, 84, 4, 8, 4),
+    (20, 20, 3, 4, 2),
+    (9, 9, 5, 3, 1),
+    (19, 22, 2, 4, 2),
+    (23, 20, 2, 8, 4),
+]
+
+
+@pytest.mark.parametrize(("height", "width", "channels", "size", "stride"), SIZES)
 def test_conv_is_the_librarys(atari, height, width, channels, size, stride):
     """In value and in both gradients."""
     rng = np.random.default_rng(0)
     x = rng.normal(0, 1, (2, height, width, channels))
     kernel = rng.normal(0, 1, (size, size, channels, 3))
+
+    def by_library(x, kernel):
+        layout = ("NHWC", "HWIO", "NHWC")
+        strides = (stride, stride)
+        return jax.lax.conv_general_dilated(x, kernel, strides, "VALID", dimension_numbers=layout)
+
     with jax.enable_x64(True):
-        found = {}
-        for conv in (atari.conv, atari.conv_by_products, atari.conv_by_library):
+        found = []
+        for conv in (partial(atari.conv, stride=stride), by_library):
 
             def loss(x, kernel, conv=conv):
-                return jnp.sum(jnp.sin(conv(x, kernel, stride)))
+                return jnp.sum(jnp.sin(conv(x, kernel)))
 
-            value = conv(jnp.asarray(x), jnp.asarray(kernel), stride)
-            found[conv.__name__] = (value, *jax.grad(loss, argnums=(0, 1))(x, kernel))
-    library = found.pop("conv_by_library")
-    for mine in found.values():
-        for a, b in zip(mine, library, strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-11)
+            value = conv(jnp.asarray(x), jnp.asarray(kernel))
+            found.append((value, *jax.grad(loss, argnums=(0, 1))(x, kernel)))
+    for mine, library in zip(*found, strict=True):
+        np.testing.assert_allclose(mine, library, rtol=1e-10, atol=1e-11)
 
 
 def test_channels_come_last(atari):
@@ -157,15 +164,47 @@ def test_channels_come_last(atari):
     rng = np.random.default_rng(0)
     image = rng.integers(256, size=(2, 12, 10, 3), dtype=np.uint8)
     wanted = image / 255
-    np.testing.assert_allclose(atari.channels_last(jnp.asarray(image)), wanted, rtol=1e-6)
-    front = jnp.asarray(image.transpose(0, 3, 1, 2))
-    np.testing.assert_allclose(atari.channels_last(front), wanted, rtol=1e-6)
-    np.testing.assert_allclose(
-        atari.channels_last(jnp.asarray(image[..., 0])), wanted[..., :1], rtol=1e-6
-    )
+    last = partial(atari.channels_last, args=atari.Args())
+    np.testing.assert_allclose(last(jnp.asarray(image)), wanted, rtol=1e-6)
+    np.testing.assert_allclose(last(jnp.asarray(image.transpose(0, 3, 1, 2))), wanted, rtol=1e-6)
+    np.testing.assert_allclose(last(jnp.asarray(image[..., 0])), wanted[..., :1], rtol=1e-6)
     stack = jnp.asarray(np.stack([image, 255 - image], axis=1))
     both = np.concatenate([wanted, 1 - wanted], axis=-1)
-    np.testing.assert_allclose(atari.channels_last(stack), both, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(last(stack), both, rtol=1e-6, atol=1e-6)
+
+
+LAYOUTS = [
+    ((4, 84, 84), True),
+    ((84, 84, 4), False),
+    ((3, 210, 160), True),
+    ((3, 3, 20), None),
+    ((2, 3, 4), False),
+    ((8, 84, 100), True),
+    ((84, 100, 8), False),
+    ((9, 2, 9), None),
+    ((7, 7, 20), False),
+    ((20, 7, 7), True),
+    ((10, 10, 4), False),
+    ((12, 10, 8), None),
+    ((60, 90, 64), None),
+]
+
+
+@pytest.mark.parametrize(("shape", "first"), LAYOUTS)
+def test_which_axis_has_the_channels(atari, shape, first):
+    """What nobody can know is said, and a flag decides."""
+    assert atari.channels_first(shape, atari.Args()) is first
+    for name in ("first", "last"):
+        assert atari.channels_first(shape, atari.Args(channels=name)) == (name == "first")
+
+
+def test_a_guess_at_channels_is_said(atari, capsys):
+    space = spaces.Box(0, 1, (8, 10, 12), np.float32)
+    shown = atari.TimeStep(np.zeros((1, 1, 8, 10, 12), np.float32), *[None] * 4)
+    env = atari.Environment((None, shown), None, space, spaces.Discrete(2), None, None)
+    for channels, said in (("auto", True), ("first", False), ("last", False)):
+        atari.require_network(env, atari.Args(channels=channels))
+        assert ("--channels" in capsys.readouterr().err) == said
 
 
 NETWORKS = [
@@ -178,11 +217,10 @@ NETWORKS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("name", "shape", "meant"), NETWORKS)
-def test_networks(atari, name, shape, meant, dtype):
+def test_networks(atari, name, shape, meant):
     """Outputs are float32 and finite, seeds side by side are lone ones, parameters as wanted."""
-    args = atari.Args(network=name, dtype=dtype)
+    args = atari.Args(network=name)
     obs = np.random.default_rng(0).integers(256, size=(3, *shape), dtype=np.uint8)
     network = atari.ActorCritic(spaces.Discrete(6), args)
     assert atari.network_of(jnp.asarray(obs), args) == meant
@@ -192,7 +230,7 @@ def test_networks(atari, name, shape, meant, dtype):
     assert policy.logits.shape == (2, 3, 6) and value.shape == (2, 3)
     assert policy.logits.dtype == value.dtype == np.float32
     lone, alone = network.apply(jax.tree.map(lambda x: x[1], params), obs)
-    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == "float32" else {"rtol": 0.1, "atol": 0.02}
+    tolerance = {"rtol": 1e-4, "atol": 1e-5}
     np.testing.assert_allclose(policy.logits[1], lone.logits, **tolerance)
     np.testing.assert_allclose(value[1], alone, **tolerance)
     assert np.abs(policy.logits).max() < 0.2  # nearly uniform at first
@@ -212,11 +250,17 @@ def test_normc(atari):
 
 
 # --- Environments ---
+def first_seeds(seed, count):
+    """Returns the seeds of a seed's environments."""
+    return (np.random.SeedSequence([seed]).generate_state(count) >> 1).tolist()
+
+
 def test_rollout_is_what_envpool_itself_does(atari):
     """Bytes stay bytes; rewards, frames and ends are those of EnvPool stepped from Python."""
     t, run = play(atari, "Breakout-v5", 400, **TINY)
-    assert t.obs.dtype == np.uint8 and t.obs.shape == (401, 2, 1, 4, 84, 84)
-    seeds = atari.seeds_of_envs(run.args)
+    assert t.obs.dtype == np.uint8 and t.obs.shape == (401, 2, 4, 84, 84)
+    assert run.args.seed == 1
+    seeds = first_seeds(1, 2)
     pool = envpool.make(
         "Breakout-v5", env_type="gymnasium", num_envs=2, seed=seeds, episodic_life=True
     )
@@ -224,7 +268,7 @@ def test_rollout_is_what_envpool_itself_does(atari):
     over = np.zeros(2, bool)
     total = np.zeros(2)
     for i in range(400):
-        np.testing.assert_array_equal(t.obs[i, :, 0], obs)
+        np.testing.assert_array_equal(t.obs[i], obs)
         lives = info["lives"]
         obs, reward, terminated, truncated, info = pool.step(t.action[i])
         np.testing.assert_array_equal(t.reward[i], reward)
@@ -267,26 +311,26 @@ def test_rewards_are_clipped_for_learning_only(atari):
     """MsPacman's are tens; learning sees signs, and the score is the game's."""
     t, run = play(atari, "MsPacman-v5", 200, **TINY)
     assert t.reward.max() >= 10 and t.episodic_return.max() >= 10
-    one = jax.tree.map(lambda x: x[0], run.learner.return_stats)
-    clipped = atari.normalize(t.reward, one, run.args.clip_reward)
+    zero = atari.RunningStats(np.float32(0), np.float32(1), np.float32(1))
+    clipped = atari.normalize(t.reward, zero, run.args.clip_reward)
     np.testing.assert_array_equal(clipped, np.sign(t.reward))
 
 
 def test_ram(atari):
     """What the console's memory holds, four steps of it, the newest last."""
     t, run = play(atari, "Pong-v5", 30, num_envs=2, obs="ram")
-    assert t.obs.dtype == np.uint8 and t.obs.shape == (31, 2, 1, 512)
+    assert t.obs.dtype == np.float32 and t.obs.shape == (31, 2, 512)
     pool = envpool.make(
         "Pong-v5",
         env_type="gymnasium",
         num_envs=2,
-        seed=atari.seeds_of_envs(run.args),
+        seed=first_seeds(1, 2),
         episodic_life=True,
     )
     _, info = pool.reset()
     frames = [info["ram"]] * 4
     for i in range(30):
-        np.testing.assert_array_equal(t.obs[i, :, 0], np.concatenate(frames, axis=1))
+        np.testing.assert_array_equal(t.obs[i], np.concatenate(frames, axis=1))
         *_, info = pool.step(t.action[i])
         frames = [*frames[1:], info["ram"]]
     assert run.env.observation_space.shape == (512,)
@@ -297,25 +341,25 @@ def test_frames_are_stacked_within_an_episode(atari):
     count = np.array([0, 1, 2, 3, 4, 5, 6, 7] * 2 + [0]) / 7
     back = [np.maximum(np.arange(17) % 8 - k, 0) for k in (2, 1, 0)]
     stacked = np.stack([count[np.arange(17) - np.arange(17) % 8 + x] for x in back], axis=-1)
-    np.testing.assert_allclose(t.obs[:, 0, 0, ::2], stacked, rtol=1e-6)
+    np.testing.assert_allclose(t.obs[:, 0, ::2], stacked, rtol=1e-6)
     image, run = play(atari, "gymnax/Breakout-MinAtar", 4, frame_stack=2)
-    assert image.obs.shape == (5, 2, 1, 2, 10, 10, 4)
-    assert atari.network_of(jnp.asarray(image.obs[0, :, 0]), run.args) == "small"
+    assert image.obs.shape == (5, 2, 2, 10, 10, 4)
+    assert atari.network_of(jnp.asarray(image.obs[0]), run.args) == "small"
 
 
 def test_minatar_is_native_and_counts_from_zero(atari):
     t, run = play(atari, "gymnax/Breakout-MinAtar", 300)
-    assert run.env.native and t.obs.shape == (301, 2, 1, 10, 10, 4)
+    assert run.args.native and t.obs.shape == (301, 2, 10, 10, 4)
     assert_next_step_resets(t)
     assert set(np.unique(t.action)) == {0, 1, 2}
 
 
 def test_protocols_give_other_flags_their_defaults(atari):
-    args = atari.parse(["--protocol", "machado"], default=atari.Args())
+    args = atari.parse(["--protocol", "machado"])
     found = (args.episodic_life, args.fire_reset, args.noop_max, args.sticky_actions)
     assert (*found, args.full_action_space) == (False, False, 1, 0.25, True)
     given = ["--protocol", "machado", "--sticky-actions", "0.5"]
-    assert atari.parse(given, default=atari.Args()).sticky_actions == 0.5
+    assert atari.parse(given).sticky_actions == 0.5
     plain = atari.Args()
     for name, value in atari.PROTOCOLS["openai"].items():
         assert getattr(plain, name) == value
@@ -324,23 +368,19 @@ def test_protocols_give_other_flags_their_defaults(atari):
 
 
 BAD = [
-    ({"env_id": "Pendulum-v1"}, "Box actions"),
+    ({"env_id": "Pendulum-v1"}, "is not one choice; for numbers there is ppo_continuous.py"),
     ({"env_id": "CartPole-v1", "obs": "ram"}, "--obs ram is for EnvPool's Atari"),
-    ({"env_id": "CartPole-v1", "network": "nature"}, "--network mlp"),
+    ({"env_id": "CartPole-v1", "network": "nature"}, "take mlp"),
     ({"env_id": "gymnax/Breakout-MinAtar", "network": "nature"}, "try small"),
     ({"env_id": "scripted:Labels-v0", "frame_stack": 2}, "--frame-stack"),
     ({"env_id": "Brekout-v5"}, "nearest: Breakout-v5"),
-    ({"env_id": "gymnax/Breakout-MinAtar", "overlap": True}, "--overlap is for environments on"),
 ]
 
 
 @pytest.mark.parametrize(("settings", "message"), BAD, ids=lambda x: str(x)[:30])
 def test_what_cannot_be_trained_gets_one_line(atari, settings, message):
-    with pytest.raises(SystemExit, match=message) as stopped:
-        args = atari.Args(**settings)
-        atari.validate(args)
-        atari.make_env(args, [1])
-    assert stopped.value.code == 2
+    with pytest.raises(ValueError, match=message):  # InputError, or pydantic's
+        atari.make_run(atari.Args(num_envs=1, **settings))
 
 
 def test_human_normalised_scores(atari):
@@ -363,9 +403,10 @@ def pixel_rollout(atari, args):
     """Returns network, learner and a rollout of noise."""
     rng = np.random.default_rng(0)
     shape = (args.num_steps, args.num_envs)
-    obs = rng.integers(256, size=(shape[0] + 1, shape[1], 1, 4, 84, 84), dtype=np.uint8)
+    obs = rng.integers(256, size=(shape[0] + 1, shape[1], 4, 84, 84), dtype=np.uint8)
     network = atari.ActorCritic(spaces.Discrete(6), args)
-    learner = atari.init_learner(np.uint32(0), obs[0, 0, 0], network, args)
+    shown = atari.TimeStep(obs[0, 0], *[None] * 3)
+    learner = atari.init_learner(np.uint32(0), shown, network, args)
     zeros = np.zeros(shape, np.float32)
     transition = atari.Transition(
         obs=obs,
@@ -382,190 +423,94 @@ def pixel_rollout(atari, args):
     return network, learner, transition
 
 
-def test_what_was_said_is_what_the_network_says(atari):
-    """What a rollout kept of the network's answers equals asking again, also for the last row."""
-    args = atari.Args(env_id="Pong-v5", num_envs=2, num_steps=5)
-    run = atari.make_run(args, atari.seeds_of_envs(args))
-    KEPT.append(run)
-    _, transition = run.act(run.runner, run.learner._replace(opt_state=None))
-    learner, rollout = jax.tree.map(lambda x: x[0], (run.learner, transition))
-    kept = atari.apply_to_rollout(learner, rollout, run.network)
-    anew = atari.apply_to_rollout(learner, rollout._replace(said=None), run.network)
-    for mine, again in zip(jax.tree.leaves(kept), jax.tree.leaves(anew), strict=True):
-        assert mine.shape[:3] == (6, 2, 1)
-        assert np.ptp(again) > 0
-        np.testing.assert_allclose(mine, again, rtol=1e-4, atol=1e-5)
-
-
-def test_epochs_ask_again(atari):
-    """Updates are the same without what the rollout kept, also where advantages are recomputed."""
-    small = {"num_envs": 2, "num_steps": 16, "num_minibatches": 2, "learning_rate": 0.01}
-    args = atari.Args(env_id="CartPole-v1", recompute_advantages=True, **small)
-    run = atari.make_run(args, atari.seeds_of_envs(args))
-    KEPT.append(run)
-    _, transition = run.act(run.runner, run.learner._replace(opt_state=None))
-    learner, rollout = jax.tree.map(lambda x: x[0], (run.learner, transition))
-    update = jax.jit(partial(atari.update, network=run.network, args=args))
-    once = jax.jit(
-        partial(atari.update, network=run.network, args=replace(args, recompute_advantages=False))
-    )
-    kept, _ = update(learner, rollout)
-    anew, _ = update(learner, rollout._replace(said=None))
+def test_rollouts_are_evaluated_piece_by_piece(atari, monkeypatch):
+    """Whatever the number of rows at once, also where it does not divide the rollout."""
+    args = small_pixels(atari, network="ppo1", norm_adv_once=True)
+    network, learner, transition = pixel_rollout(atari, args)
+    found = []
+    for rows in (1, 4, 1000):
+        monkeypatch.setattr(atari, "ROWS_AT_ONCE", rows)
+        found.append(jax.jit(partial(atari.evaluate_rollout, network=network))(learner, transition))
+    (policy, value), advantage, _ = found[0]
+    assert policy.logits.shape == (5, 2, 6) and value.shape == (5, 2)
+    np.testing.assert_allclose(advantage.mean(axis=0), 0, atol=1e-6)
+    np.testing.assert_allclose(advantage.std(axis=0), 1, rtol=1e-5)
     close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
-    jax.tree.map(close, kept.params, anew.params)
-    other, _ = once(learner, rollout)
-    change = jax.tree.map(lambda x, y: np.abs(x - y).max(), kept.params, other.params)
-    assert max(jax.tree.leaves(change)) > 1e-3
+    for other in found[1:]:
+        jax.tree.map(close, found[0], other)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_update_lowers_for_accelerators(atari, dtype):
-    """With the library's convolutions."""
-    args = small_pixels(atari, dtype=dtype)
+def test_advantages_normalised_once(atari):
+    """Over each environment's own experience; with a mask, in NumPy."""
+    args = small_pixels(atari, network="ppo1", norm_adv_once=True)
+    network, learner, transition = pixel_rollout(atari, args)
+    mask = np.float32([[1, 1], [0, 1], [1, 1], [1, 0]])
+    transition = transition._replace(mask=mask)
+    _, advantage, target = atari.evaluate_rollout(learner, transition, network)
+    plain = atari.ActorCritic(network.space, args.model_copy(update={"norm_adv_once": False}))
+    _, raw, same = atari.evaluate_rollout(learner, transition, plain)
+    np.testing.assert_allclose(target, same, rtol=1e-6)
+    for n in range(2):
+        known = np.asarray(raw)[mask[:, n] > 0, n]
+        wanted = (np.asarray(raw)[:, n] - known.mean()) / known.std()
+        np.testing.assert_allclose(advantage[:, n], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_update_lowers_for_accelerators(atari):
+    args = small_pixels(atari)
     network, learner, transition = pixel_rollout(atari, args)
     update = jax.jit(partial(atari.update, network=network, args=args))
-    for text in lowered(update, (learner, transition)):
-        assert "stablehlo.convolution" in text
-        assert ("bf16" in text) == (dtype == "bfloat16")
+    assert all("stablehlo.dot_general" in text for text in lowered(update, (learner, transition)))
 
 
 def test_images_have_no_statistics(atari):
     """They cost nothing, and the frames that the loss sees are the bytes of the rollout."""
     args = small_pixels(atari)
     network, learner, transition = pixel_rollout(atari, args)
-    obs_stats, return_stats = atari.update_statistics(learner, transition, args)
-    jax.tree.map(np.testing.assert_array_equal, obs_stats, learner.obs_stats)
-    assert return_stats.count == learner.return_stats.count
-    scaled = atari.normalize(transition.obs, obs_stats, args.clip_obs)
+    assert learner.obs_stats is None
+    assert atari.update_stats(transition.obs, None, transition.mask) is None
+    scaled = atari.normalize(transition.obs, None, args.clip_obs)
     batch = atari.make_batch(learner, transition._replace(obs=scaled), network, args)
     assert batch.obs.dtype == np.uint8
     np.testing.assert_array_equal(batch.obs, transition.obs[:-1].reshape(8, 4, 84, 84))
+    _, metrics = jax.jit(partial(atari.update, network=network, args=args))(learner, transition)
+    assert metrics["rollout/obs"].size <= 10 * 1000
 
 
-def seconds():
-    return {"acting": 0.0, "learning": 0.0}
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "gymnasium:CartPole-v1", "Pong-v5"])
+def test_policies_act_on_an_accelerator(atari, env_id, monkeypatch):
+    """They do there what they do beside the environments; of two seeds, two learners in a row."""
+    small = {"num_envs": 2, "num_seeds": 2, "num_steps": 6}
+    found = []
+    for place in (None, jax.local_devices()[0]):
+        monkeypatch.setattr(atari, "accelerator_of_policies", lambda *_, place=place: place)
+        run = atari.make_run(atari.Args(env_id=env_id, num_minibatches=1, **small))
+        KEPT.append(run)
+        runner = atari.first_runner(run)
+        learner = run.init()
+        runner, first = run.act(runner, learner)
+        changed = jax.tree.map(lambda x: 100 * x, learner.params)
+        _, second = run.act(
+            runner, learner._replace(params=changed, iteration=learner.iteration + 1)
+        )
+        found.append((first, second))
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    assert found[0][0].action.shape == (2, 6, 2) and np.ptp(found[0][0].action) > 0
 
 
-def test_overlapped_policies_are_one_update_older(atari):
-    """Four iterations equal rollouts and updates in turn, of learners that are remembered."""
-    small = {"num_envs": 2, "num_steps": 8, "num_minibatches": 2, "update_epochs": 2}
-    args = atari.Args(env_id="CartPole-v1", total_timesteps=64, overlap=True, **small)
-    run, again = [atari.make_run(args, atari.seeds_of_envs(args)) for _ in range(2)]
-    KEPT.extend([run, again])
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("process", "seed"))
-    advance, runner = atari.make_advance(run, mesh)
-    learner = run.learner
-    for _ in range(args.num_iterations):
-        learner, runner, *_ = advance(learner, runner, 1, seconds())
-
-    update = jax.jit(jax.vmap(partial(atari.update, network=again.network, args=args)))
-    learners = [again.learner]
-    runner = again.runner
-    for k in range(args.num_iterations):
-        acting = learners[max(k - 1, 0)]._replace(opt_state=None, iteration=learners[k].iteration)
-        runner, transition = again.act(runner, acting)
-        learners.append(jax.device_get(update(learners[k], transition)[0]))
-    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
-    jax.tree.map(close, learner.params, learners[-1].params)
-    assert learner.iteration == 4
-    np.testing.assert_array_equal(learner.episodes, learners[-1].episodes)
-
-
-def test_older_policies_are_corrected_for(atari):
-    """Steps weigh by how much likelier their actions have become, and the rest is asked anew."""
-    small = {"num_envs": 4, "num_steps": 32, "num_minibatches": 2, "learning_rate": 0.01}
-    args = atari.Args(env_id="CartPole-v1", overlap=True, norm_obs=False, **small)
-    run = atari.make_run(args, atari.seeds_of_envs(args))
-    KEPT.append(run)
-    _, transition = run.act(run.runner, run.learner._replace(opt_state=None))
-    older, rollout = jax.tree.map(lambda x: x[0], (run.learner, transition))
-    update = jax.jit(partial(atari.update, network=run.network, args=args))
-    learner, _ = update(older, rollout)
-    found = atari.correct_for_age(learner, rollout, run.network)
-
-    weight = np.zeros((32, 4))
-    value = np.zeros((32, 4))
-    for t in range(32):
-        before, _ = run.network.apply(older.params, rollout.obs[t, :, 0])
-        now, value[t] = run.network.apply(learner.params, rollout.obs[t, :, 0])
-        for n in range(4):
-            action = rollout.action[t, n]
-            likelier = softmax(now.logits[n])[action] / softmax(before.logits[n])[action]
-            weight[t, n] = likelier * rollout.mask[t, n]
-    assert np.min(rollout.mask) == 0
-    assert np.ptp(weight[rollout.mask > 0]) > 0.1
-    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
-    close(found.mask, weight)
-    close(found.said[1], value)
-    own = atari.correct_for_age(older, rollout, run.network)
-    close(own.mask, rollout.mask)
-    jax.tree.map(close, own.said, rollout.said)
-
-    plain = partial(atari.update, network=run.network, args=replace(args, overlap=False))
-    by_hand, _ = jax.jit(plain)(learner, found)
-    corrected, _ = update(learner, rollout)
-    jax.tree.map(close, corrected.params, by_hand.params)
-
-
-def test_copies_weigh_as_their_originals(atari):
-    """A mirror image counts as its original has become likelier, and has its own probability."""
-    small = {"num_envs": 2, "num_steps": 16, "num_minibatches": 2, "learning_rate": 0.01}
-    env_id = "scripted:MirroredChooser-v0"
-    args = atari.Args(env_id=env_id, overlap=True, norm_obs=False, **small)
-    run = atari.make_run(args, atari.seeds_of_envs(args))
-    KEPT.append(run)
-    _, transition = run.act(run.runner, run.learner._replace(opt_state=None))
-    older, rollout = jax.tree.map(lambda x: x[0], (run.learner, transition))
-    learner, _ = jax.jit(partial(atari.update, network=run.network, args=args))(older, rollout)
-    found = atari.correct_for_age(learner, rollout, run.network)
-    batch = atari.make_batch(learner, found, run.network, args)
-
-    row = 0
-    weights = []
-    for t in range(16):
-        for n in range(2):
-            before, _ = run.network.apply(older.params, rollout.obs[t, n])  # of both copies
-            now, _ = run.network.apply(learner.params, rollout.obs[t, n])
-            action = rollout.action[t, n]
-            weight = softmax(now.logits[0])[action] / softmax(before.logits[0])[action]
-            weights.append(weight * rollout.mask[t, n])
-            for copy in range(2):
-                np.testing.assert_allclose(batch.mask[row], weights[-1], rtol=1e-4)
-                mine = math.log(softmax(now.logits[copy])[action])
-                np.testing.assert_allclose(batch.log_prob[row], mine, rtol=1e-3, atol=1e-5)
-                row += 1
-    assert len(batch.mask) == row
-    assert np.ptp(weights) > 0.01
-
-
-def test_overlapped_rollouts_run_beside_the_update(atari):
-    """Each waits for the other, but the first rollout and the last update, which are alone."""
-    args = atari.Args(num_envs=1, num_steps=1, num_minibatches=1, total_timesteps=3, overlap=True)
-    meeting = threading.Barrier(2, timeout=20)
-    called = []
-
-    def act(runner, learner, seconds):
-        if runner > 0:
-            meeting.wait()
-        called.append(("rollout", runner, learner.obs_stats))
-        return runner + 1, runner
-
-    def improve(learner, transition, seconds):
-        if transition < 2:
-            meeting.wait()
-        called.append(("update", transition))
-        found = learner._replace(obs_stats=transition + 1, iteration=learner.iteration + 1)
-        return found, {}, 0
-
-    learner = atari.LearnerState(*[None] * len(atari.LearnerState._fields))
-    learner = learner._replace(obs_stats=0, iteration=np.array([0]))
-    advance = atari.overlapped(act, improve, args)
-    runner = 0
-    for _ in range(3):
-        learner, runner, *_ = advance(learner, runner, 1, seconds())
-    rollouts = [x for x in called if x[0] == "rollout"]
-    assert rollouts == [("rollout", 0, 0), ("rollout", 1, 0), ("rollout", 2, 1)]
-    assert [x for x in called if x[0] == "update"] == [("update", x) for x in range(3)]
+def test_where_policies_act(atari, monkeypatch):
+    """Beside the environments, but for images where there is an accelerator, or if told so."""
+    image = SimpleNamespace(observation_space=spaces.Box(0, 255, (4, 84, 84), np.uint8))
+    vector = SimpleNamespace(observation_space=spaces.Box(-1, 1, (4,)))
+    place = partial(atari.accelerator_of_policies, image)
+    assert place(atari.Args(act_on="device")) is None  # here is none
+    gpu = SimpleNamespace(platform="gpu")
+    monkeypatch.setattr(atari.jax, "local_devices", lambda: [gpu])
+    assert place(atari.Args()) is place(atari.Args(act_on="device")) is gpu
+    assert place(atari.Args(act_on="cpu")) is None
+    assert place(atari.Args(env_id="gymnax/Breakout-MinAtar")) is None
+    assert atari.accelerator_of_policies(vector, atari.Args()) is None
+    assert atari.accelerator_of_policies(vector, atari.Args(act_on="device")) is gpu
 
 
 # --- Runs ---
@@ -592,38 +537,48 @@ def test_pixels_train_resume_and_play(tmp_path, atari):
     assert policy(np.stack([frames] * 3), deterministic=False).shape == (3,)
 
 
-def recorded(run, taken):
-    """Returns a run that appends the actions of each rollout to a list."""
-    KEPT.append(run)
-
-    def act(runner, learner):
-        runner, transition = run.act(runner, learner)
-        taken.append(np.asarray(transition.action).ravel())
-        return runner, transition
-
-    return run._replace(act=act)
+def act_and_record(runner, learner, run, taken):
+    runner, transition = run.act(runner, learner)
+    taken.append(np.asarray(transition.action).ravel())
+    return runner, transition
 
 
 def test_play_and_film_draw_fresh_noise(atari, tmp_path, monkeypatch):
     """An untrained policy that samples does not do the same in each rollout."""
-    small = "--num-envs 1 --num-steps 8 --num-minibatches 2 --total-timesteps 16 --run-dir a"
-    line = ["python", str(ROOT / "ppo_atari.py"), "--env-id", "CartPole-v1", *small.split()]
-    execute(line, tmp_path, environment()).check_returncode()
-    saved = atari.read_run(tmp_path / "a")
-    args = replace(saved.args, mode="eval", num_steps=4)
-    original = atari.make_run
+    small = {"num_envs": 1, "num_steps": 4, "num_minibatches": 1, "eval_episodes": 3}
+    args = atari.Args(env_id="CartPole-v1", mode="eval", run_dir=str(tmp_path), **small)
+    make_run = atari.make_run
     taken = []
 
-    def make_run(*given, **more):
-        return recorded(original(*given, **more), taken)
+    def recording(*given):
+        run = make_run(*given)
+        KEPT.append(run)
+        return run._replace(act=partial(act_and_record, run=run, taken=taken))
 
-    monkeypatch.setattr(atari, "make_run", make_run)
-    atari.play(atari.make_run(args, atari.seeds_of_envs(args)), saved.learner, 3)
+    run = recording(args)
+    learner = run.init()
+    assert len(atari.play(run, learner)[0]) == 3
     assert len(np.unique(np.stack(taken), axis=0)) > 1
     taken.clear()
-    atari.film(args, saved)
+    monkeypatch.setattr(atari, "make_run", recording)
+    atari.film(args, learner)
     assert len(np.unique(taken)) > 1
-    assert (tmp_path / "a/videos/CartPole-v1.mp4").exists()
+    assert (tmp_path / "videos/CartPole-v1.mp4").exists()
+
+
+def test_play_scores_whole_games(atari):
+    """A lost life ends no game."""
+    settings = {"mode": "eval", "eval_episodes": 2, "network": "mlp", "hidden_sizes": (1,)}
+    run, _, learner = begin(atari, "Breakout-v5", 100, num_envs=1, **settings)
+    games = []
+
+    def act(runner, learner):
+        runner, t = run.act(runner, learner)
+        games.extend(t.episodic_return[t.ended > 0])
+        return runner, t
+
+    assert atari.play(run._replace(act=act), learner)[0] == games[:2]
+    assert len(games) >= 2
 
 
 def test_learns_a_choice(tmp_path, atari):
@@ -637,6 +592,9 @@ def test_learns_a_choice(tmp_path, atari):
 
 
 # --- Mutants: (the test that must turn red, a text of the script, what a slip would make of it) ---
+NEXT_NOISE = (
+    "learner = learner._replace(iteration=learner.iteration + 1)  # of other noise\n        "
+)
 MUTANTS = [
     (test_distribution_of_choices, "return -jnp.sum(jnp.exp(log", "return jnp.sum(jnp.exp(log"),
     (
@@ -645,40 +603,59 @@ MUTANTS = [
         "new_log_probs - old_log_probs",
     ),
     (test_sampled_choices_have_their_probabilities, "random.gumbel(", "random.normal("),
-    (test_conv_is_the_librarys, "product(row, kernel[i]", "product(row, kernel[0]"),
+    (test_conv_is_the_librarys, "row @ kernel[i]", "row @ kernel[0]"),
     (test_conv_is_the_librarys, "transpose(0, 2, 1, 3, 4, 5)", "transpose(2, 0, 1, 3, 4, 5)"),
-    (test_lives_are_ends_for_learning_only, 'truncated | (info["terminated"] > 0)', "None"),
-    (test_lives_are_ends_for_learning_only, "episode.length + mask)", "episode.length + 1)"),
+    (
+        test_lives_are_ends_for_learning_only,
+        'truncated | (info["terminated"] > 0)',
+        "truncated | terminated",
+    ),
+    (test_lives_are_ends_for_learning_only, "episodic_length + mask)", "episodic_length + 1)"),
     (
         test_lives_are_ends_for_learning_only,
         '"episodic_life": args.episodic_life,',
         '"episodic_life": args.episodic_life and args.mode == "train",',
     ),
-    (test_ram, "[old[:, 1:], x[:, None]]", "[x[:, None], old[:, 1:]]"),
-    (test_frames_are_stacked_within_an_episode, "repeated(x), moved)", "moved, moved)"),
-    (test_epochs_ask_again, "scaled._replace(said=None)", "scaled"),
-    (test_older_policies_are_corrected_for, "mask=rollout.mask * weight)", "mask=rollout.mask)"),
-    (test_older_policies_are_corrected_for, "- log_prob(older_policy", "+ log_prob(older_policy"),
-    (test_older_policies_are_corrected_for, "scaled = correct_for_age(", "_ = correct_for_age("),
+    (test_ram, "[frames[:, :, 1:], newest]", "[newest, frames[:, :, 1:]]"),
+    (test_frames_are_stacked_within_an_episode, "newest, moved)", "moved, moved)"),
+    (test_play_and_film_draw_fresh_noise, NEXT_NOISE + "ended", "ended"),
+    (test_play_and_film_draw_fresh_noise, NEXT_NOISE + "over", "over"),
     (
-        test_overlapped_policies_are_one_update_older,
-        "runner, with_fresh_noise(learner),",
-        "runner, learner,",
+        test_advantages_normalised_once,
+        "jnp.mean(advantage * weight, axis=0)",
+        "jnp.mean(advantage, axis=0)",
     ),
+    (
+        test_policies_act_on_an_accelerator,
+        "            actor.take(learner.params)",
+        "            actor.params or actor.take(learner.params)",
+    ),
+    (test_play_scores_whole_games, "ended = transition.ended > 0", "ended = transition.done > 0"),
+    (test_which_axis_has_the_channels, "signs.add(middle == last)", "signs.add(first == middle)"),
     (
         test_images_have_no_statistics,
-        "if is_image(stats):\n        return x",
-        "if False:\n        return x",
+        "if stats is None:\n        return x",
+        "if stats is None:\n        return x / 255",
     ),
 ]
+
+
+CASES = {
+    "test_conv_is_the_librarys": [(20, 20, 3, 4, 2), (9, 9, 5, 3, 1)],
+    "test_which_axis_has_the_channels": [((20, 7, 7), True)],
+}
 
 
 @pytest.mark.parametrize(
     ("test", "text", "slip"), MUTANTS, ids=lambda x: getattr(x, "__name__", str(x))[:40]
 )
-def test_mutant_is_killed(test, text, slip):
+def test_mutant_is_killed(test, text, slip, tmp_path, monkeypatch):
     mutant = mutate("ppo_atari", text, slip)
-    cases = [(20, 20, 3, 4, 2), (9, 9, 5, 3, 1)] if test is test_conv_is_the_librarys else [()]
+    cases = CASES.get(test.__name__, [()])
+    if test is test_policies_act_on_an_accelerator:
+        cases = [("CartPole-v1", monkeypatch)]
+    if test is test_play_and_film_draw_fresh_noise:
+        cases = [(tmp_path, monkeypatch)]
     with pytest.raises(AssertionError):
         for case in cases:
             test(mutant, *case)

@@ -1,7 +1,6 @@
 """ppo_cma.py: its losses, decisions and variance, and what it shares with ppo_continuous.py."""
 
 import sys
-from dataclasses import replace
 from functools import partial
 
 import jax
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import reference
 from checks import lowered, schedule
-from conftest import ROOT
+from conftest import ROOT, mutate
 from gymnasium.spaces import Box
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -187,7 +186,7 @@ def test_decisions_and_their_advantages(cma, repeat):
     index = np.broadcast_to(
         np.arange(T + 1.0)[:, None], (T + 1, N)
     )  # observations that tell their row
-    unread = dict.fromkeys(("ended", "episodic_return", "discounted_return"), np.zeros((T, N)))
+    unread = dict.fromkeys(("episodic_return", "discounted_return"), np.zeros((T, N)))
     steps = cma.Transition(obs=index, action=index[:-1, :, None], **t, **unread)
     with jax.enable_x64(True):
         new, time = jax.tree.map(np.asarray, cma.merge_held_steps(steps, repeat))
@@ -232,23 +231,33 @@ def test_scaler_is_the_mean_over_iterations_and_never_grows(cma):
             np.testing.assert_allclose(cma.normalize(x, scaler, np.inf), x * scale, **CLOSE)
 
 
-def bandit(cma, **settings):
-    """Returns a network, a learner and a rollout of one-step episodes; every third row is none."""
-    small = {"batch_size": 16, "num_updates": 3, "init_updates": 5}
-    args = cma.Args(num_envs=30, num_steps=2, action_repeat=1, **small, **settings)
+def shown(cma, size):
+    """Returns what environments show, with an observation of this many numbers."""
+    return cma.TimeStep(np.zeros(size, np.float32), np.float32(0), False, False)
+
+
+def small_learner(cma, **settings):
+    """Returns arguments, a network and a new learner, of observations of two numbers."""
+    small = {"batch_size": 16, "num_updates": 3, "init_updates": 5, "action_repeat": 1}
+    args = cma.Args(**small | settings)
     network = cma.ActorCritic(Box(-2, 2, (U,), np.float32), args)
-    learner = cma.init_learner(np.uint32(3), np.zeros(2, np.float32), network, args)
+    init = partial(cma.init_learner, shown=shown(cma, 2), network=network, args=args)
+    return args, network, jax.jit(init)(np.uint32(3))
+
+
+def bandit(cma, **settings):
+    """Returns these, and a rollout of one-step episodes; every third row is none."""
+    args, network, learner = small_learner(cma, num_envs=30, num_steps=2, **settings)
     rng = np.random.default_rng(1)
     shape = (args.num_steps, args.num_envs)
     mask = (np.arange(60).reshape(shape) % 3 > 0).astype(np.float32)
     rollout = cma.Transition(
-        obs=rng.normal(0, 1, (3, 30, 1, 2)).astype(np.float32),
+        obs=rng.normal(0, 1, (3, 30, 2)).astype(np.float32),
         action=rng.normal(0, 1, (*shape, U)).astype(np.float32),
         reward=rng.normal(0, 1, shape).astype(np.float32),
         terminated=mask,
         done=mask,
         mask=mask,
-        ended=mask,
         episodic_return=mask,
         episodic_length=mask,
         discounted_return=mask,
@@ -261,18 +270,16 @@ def test_minibatches_hold_decisions_of_all_remembered_iterations(cma):
     update = jax.jit(partial(cma.update, network=network, args=args))
     for i in range(4):
         obs = transition.obs.copy()
-        obs[:-1] = np.where(transition.mask > 0, i + 1, 0)[
-            ..., None, None
-        ]  # 0: must never be drawn
+        seen = np.where(transition.mask > 0, i + 1, 0)  # 0: must never be drawn
+        obs[:-1] = seen[..., None]
         learner, metrics = update(learner, transition._replace(obs=obs))
-        assert all(np.isfinite(v) for k, v in metrics.items() if "charts" not in k)
+        assert not any(up for name, up in metrics.items() if name.startswith("bad/"))
     assert set(np.unique(learner.opt_state.history.obs[:, :40])) == {2.0, 3.0, 4.0}
     np.testing.assert_array_equal(learner.opt_state.counts, 40)
     last = learner._replace(iteration=learner.iteration - 1)  # as within the fourth update
-    assert (
-        len(cma.draw(jax.random.PRNGKey(0), last, 3, replace(args, batch_size=3000)).time) == 60
-    )  # at most
-    wide = replace(args, batch_size=3000, num_steps=100)
+    many = args.model_copy(update={"batch_size": 3000})
+    assert len(cma.draw(jax.random.PRNGKey(0), last, 3, many).time) == 60  # at most
+    wide = many.model_copy(update={"num_steps": 100})
     scale = learner.obs_stats.scale
     drawn = np.asarray(cma.draw(jax.random.PRNGKey(0), last, 3, wide).obs / scale)[:, 0].round(3)
     counts = [np.sum(drawn == i) for i in (2.0, 3.0, 4.0)]
@@ -282,41 +289,125 @@ def test_minibatches_hold_decisions_of_all_remembered_iterations(cma):
 
 
 def test_update_is_a_plain_loop(cma):
-    """One update against Python loops over the same minibatches, with Adam by hand."""
-    args, network, learner, transition = bandit(cma)
-    new, _ = jax.jit(partial(cma.update, network=network, args=args))(learner, transition)
+    """A second update against Python loops over the same minibatches, with Adam by hand."""
+    args, network, learner, transition = bandit(cma, history_size=2)
+    update = jax.jit(partial(cma.update, network=network, args=args))
+    learner, _ = update(learner, transition)
+    learner = learner._replace(params=moved(learner.params))
+    rewards = np.random.default_rng(2).normal(0, 1, transition.reward.shape)
+    new, _ = update(learner, transition._replace(reward=rewards.astype(np.float32)))
     keys = jax.random.split(jax.random.fold_in(learner.key, 2 * learner.iteration + 1), 4)
     # as of the update: its history, statistics and critic, but the policy of before
-    params = dict(learner.params["params"]) | {
-        "critic": new.params["params"]["critic"],
-        "warm": jnp.float32(1),
-    }
+    critic = new.params["params"]["critic"]
+    params = learner.params["params"] | {"critic": critic, "warm": jnp.float32(1)}
     start = new._replace(params={"params": params}, iteration=learner.iteration)
     for key, part, loss, slots in (
-        (keys[2], "std", cma.cma_std_loss, 9),
+        (keys[2], "std", cma.cma_std_loss, 2),
         (keys[3], "mean", cma.cma_mean_loss, 1),
     ):
         own = params[part]
-        first = second = jax.tree.map(jnp.zeros_like, own)
+        adam = learner.opt_state.adam[part]
+        first, second = adam.mu, adam.nu
+
+        def loss_of_part(own, batch, params=params, part=part, loss=loss):
+            whole = {"params": params | {part: own}}
+            return loss(whole, batch, start.schedule, network, args)
+
+        gradient = jax.jit(jax.grad(loss_of_part))
         for i, step_key in enumerate(jax.random.split(key, args.num_updates), start=1):
-            batch = cma.draw(step_key, start, slots, args)
-
-            def loss_of_part(own, params=params, part=part, loss=loss, batch=batch):
-                whole = {"params": params | {part: own}}
-                return loss(whole, batch, start.schedule, network, args)
-
-            grads = jax.grad(loss_of_part)(own)
+            grads = gradient(own, cma.draw(step_key, start, slots, args))
             first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, first, grads)
             second = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g**2, second, grads)
 
-            def adam(p, m, v, i=i):
+            def step(p, m, v, i=args.num_updates + i):
                 root = jnp.sqrt(v / (1 - 0.999**i)) + 1e-8
                 return p - args.learning_rate * (m / (1 - 0.9**i)) / root
 
-            own = jax.tree.map(adam, own, first, second)
+            own = jax.tree.map(step, own, first, second)
         close = partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-6)
         jax.tree.map(close, own, new.params["params"][part])
         params = params | {part: own}
+
+
+def moved(params, size=0.02):
+    """Returns parameters a little off, so that no gradient is that of a perfect fit."""
+    rng = np.random.default_rng(5)
+    return jax.tree.map(lambda x: x + np.float32(size * rng.normal(size=x.shape)), params)
+
+
+def several_steps(cma, **settings):
+    """Returns arguments, a network, a learner and a rollout of episodes of several steps."""
+    args, network, learner = small_learner(cma, num_envs=3, num_steps=41, **settings)
+    rng = np.random.default_rng(4)
+    steps = scripted_steps(rng)
+    unread = np.zeros((41, 3))
+    rollout = cma.Transition(
+        obs=rng.normal(0, 1, (42, 3, 2)),
+        action=rng.normal(0, 2, (41, 3, U)),
+        episodic_return=unread,
+        discounted_return=unread,
+        **steps,
+    )
+    return args, network, learner, jax.tree.map(np.float32, rollout)
+
+
+def test_history_holds_returns_of_the_old_and_advantages_of_the_new_critic(cma):
+    args, network, learner, t = several_steps(cma, history_size=2, gamma=0.9, gae_lambda=0.5)
+    learner = learner._replace(params=moved(learner.params, 0.1))
+    new, _ = jax.jit(partial(cma.update, network=network, args=args))(learner, t)
+    obs = t.obs * np.asarray(new.obs_stats.scale)
+    time = np.concatenate([np.maximum(t.episodic_length[:1] - 1, 0), t.episodic_length])
+    old = {"params": learner.params["params"] | {"warm": 1.0}}
+    policy, value = network.apply(old, obs, time)
+    assert np.ptp(value - network.apply(old, obs)[1]) > 1e-5  # only the critic sees the time
+    _, new_value = network.apply(new.params, obs, time)
+    ends = (t.reward, t.terminated, t.done)
+    target = reference.gae(*ends, np.asarray(value), 0.9, 1.0) + value[:-1]
+    advantage = reference.gae(*ends, np.asarray(new_value), 0.9, 0.5)
+    kept = t.mask > 0
+    action = np.clip(t.action, -2, 2)
+    expected = {
+        "obs": t.obs[:-1][kept],
+        "time": time[:-1][kept],
+        "action": action[kept],
+        "advantage": advantage[kept] / advantage[kept].std(),
+        "target": np.asarray(target)[kept],
+        "mean": policy.mean[:-1][kept],
+        "log_prob": cma.log_prob(policy, np.pad(action, ((0, 1), (0, 0), (0, 0))))[:-1][kept],
+    }
+    rows = kept.sum()
+    assert new.opt_state.counts[0] == rows and new.opt_state.counts[1] == 0
+    for name, x in expected.items():
+        found = getattr(new.opt_state.history, name)[0, :rows]
+        np.testing.assert_allclose(found, x, rtol=2e-4, atol=2e-4, err_msg=name)
+
+
+def test_critic_is_centred_on_its_first_minibatch_only(cma):
+    args, network, learner, transition = bandit(cma, learning_rate=1e-30)
+    update = jax.jit(partial(cma.update, network=network, args=args))
+    first, _ = update(learner, transition)
+    key = jax.random.split(jax.random.fold_in(learner.key, 1), 4)[0]
+    last = first._replace(iteration=learner.iteration)  # as within the update
+    batch = cma.draw(key, last, 1, args)
+    x = np.concatenate([batch.obs, args.time_scale * batch.time[:, None]], axis=1)
+    critic = first.params["params"]["critic"]
+    centred = x @ np.asarray(critic["Dense_0"]["kernel"]) + np.asarray(critic["bias_0"])
+    np.testing.assert_allclose(centred.mean(axis=0), 0, atol=1e-6)
+    second, _ = update(first, transition._replace(obs=2 * transition.obs))
+    jax.tree.map(np.testing.assert_array_equal, second.params["params"]["critic"], critic)
+
+
+def test_a_decision_is_held_but_not_into_a_new_episode(cma):
+    """The reward says which action was taken: that of the steps 0, 7 and 14 of an episode."""
+    task = {"env_id": "scripted:Counter-v0", "env_kwargs": '{"length": 16}'}
+    args = cma.Args(num_envs=2, num_steps=40, action_repeat=7, init_updates=0, **task)
+    run = cma.make_run(args)
+    _, t = run.act(cma.first_runner(run), run.init())
+    step = np.arange(40)
+    decided = step // 17 * 17 + step % 17 // 7 * 7
+    taken = np.clip(t.action[0, decided, :, 0], -1, 1)
+    reward = np.where(step % 17 == 16, 0, 1 - np.square(taken.T - 0.5)).T
+    np.testing.assert_allclose(t.reward[0], reward, rtol=1e-5, atol=1e-5)
 
 
 def test_advantages_are_scaled_not_centred(cma):
@@ -343,13 +434,12 @@ def test_first_policy_and_first_weights(cma):
     """Weights of norm 1, and a network that regression has brought to the first Gaussian."""
     args = cma.Args(init_mean=-0.5, init_std=0.125, hidden_sizes=(32, 32))
     network = cma.ActorCritic(Box(-2, 2, (U,), np.float32), args)
-    init = partial(cma.init_learner, obs=np.zeros(4, np.float32), network=network, args=args)
+    init = partial(cma.init_learner, shown=shown(cma, 4), network=network, args=args)
     learner = jax.jit(init)(np.uint32(1))
     kernel = learner.params["params"]["critic"]["Dense_0"]["kernel"]
     np.testing.assert_allclose(np.linalg.norm(kernel, axis=0), 1, rtol=1e-5)
-    assert (
-        learner.params["params"]["critic"]["Dense_1"]["kernel"].shape[0] == 5 + 32
-    )  # dense skips: input and layer
+    kernel = learner.params["params"]["critic"]["Dense_1"]["kernel"]
+    assert kernel.shape == (5 + 32, 32)  # dense skips: input and layer
     states = np.random.default_rng(0).normal(0, 1, (50, 4)).astype(np.float32)
     for warm in (0.0, 1.0):
         params = {"params": learner.params["params"] | {"warm": warm}}
@@ -412,3 +502,134 @@ def test_agent_of_the_readme():
         agent.memorize(names["obs"], first, 0.0, names["obs"], False, False)
     with pytest.raises(ValueError, match="capacity"):
         agent.update_with_memorized()
+
+
+# --- Mutants: (the test that must turn red, a text of the script, what a slip would make of it) ---
+MUTANTS = [
+    (test_distribution, "lower=True, unit_diagonal=True", "lower=True"),
+    (test_distribution, "- policy.log_std - 0.5 * LOG_2_PI", "- 0.5 * LOG_2_PI"),
+    (test_losses, "-jnp.mean(nn.relu(batch.advantage)", "-jnp.mean(batch.advantage"),
+    (test_losses, "around_old = policy._replace(mean=batch.mean)", "around_old = policy"),
+    (test_losses, "2 * batch.mean - batch.action", "batch.action"),
+    (test_losses, "loss -= nn.relu(-batch.advantage)", "loss += nn.relu(-batch.advantage)"),
+    (test_losses, "nn.relu(-batch.advantage) * kernel", "nn.relu(-batch.advantage)"),
+    (test_losses, "error - 0.25)", "error)"),
+    (test_losses, "squares = jnp.mean(squares, axis=-1, keepdims=True)", "pass"),
+    (
+        test_ppo_mode_is_ppo_continuous,
+        "jnp.maximum(-batch.advantage",
+        "jnp.minimum(-batch.advantage",
+    ),
+    (test_ppo_mode_is_ppo_continuous, "jnp.clip(ratio, 1 - clip_coef", "jnp.clip(ratio, 1"),
+    (test_ppo_mode_is_ppo_continuous, "- schedule.ent_coef *", "+ schedule.ent_coef *"),
+    (
+        test_decisions_and_their_advantages,
+        "(rollout.episodic_length - 1) %",
+        "rollout.episodic_length %",
+    ),
+    (test_decisions_and_their_advantages, "argsort(~holds", "argsort(holds"),
+    (
+        test_decisions_and_their_advantages,
+        "mask=reorder(mask * (phase == 0))",
+        "mask=reorder(mask)",
+    ),
+    (test_decisions_and_their_advantages, "keep_last(before) / repeat", "keep_last(before)"),
+    (
+        test_decisions_and_their_advantages,
+        "next_value * (1 - terminated)",
+        "next_value * (1 - done)",
+    ),
+    (test_decisions_and_their_advantages, "* (1 - done) * next_advantage", "* next_advantage"),
+    (
+        test_scaler_is_the_mean_over_iterations_and_never_grows,
+        "jnp.minimum(scaler.scale, scale)",
+        "scale",
+    ),
+    (test_scaler_is_the_mean_over_iterations_and_never_grows, "change / count", "change"),
+    (
+        test_minibatches_hold_decisions_of_all_remembered_iterations,
+        "jnp.minimum(slots, ",
+        "jnp.maximum(slots, ",
+    ),
+    (
+        test_minibatches_hold_decisions_of_all_remembered_iterations,
+        "learner.opt_state.counts[slot]",
+        "args.rollout_size",
+    ),
+    (
+        test_minibatches_hold_decisions_of_all_remembered_iterations,
+        "mask.ravel() == 0",
+        "mask.ravel() != 0",
+    ),
+    (test_update_is_a_plain_loop, 'if part == "std" else 1', 'if part == "mean" else 1'),
+    (
+        test_update_is_a_plain_loop,
+        "adam=learner.opt_state.adam | {part: adam}",
+        "adam=learner.opt_state.adam",
+    ),
+    (test_update_is_a_plain_loop, '"warm", jnp.ones(())', '"warm", jnp.zeros(())'),
+    (
+        test_update_is_a_plain_loop,
+        'fit(learner, mean_key, "mean", cma_mean',
+        'fit(learner, std_key, "mean", cma_mean',
+    ),
+    (test_advantages_are_scaled_not_centred, 'in ("ppo-cma", "pg-pos")', 'in ("pg-pos",)'),
+    (
+        test_first_policy_and_first_weights,
+        "jnp.linalg.norm(weights, axis=0)",
+        "jnp.linalg.norm(weights)",
+    ),
+    (test_first_policy_and_first_weights, "policy.mean - goal.mean", "policy.mean"),
+    (
+        test_history_holds_returns_of_the_old_and_advantages_of_the_new_critic,
+        "schedule.gamma, 1.0)",
+        "schedule.gamma, 0.5)",
+    ),
+    (
+        test_history_holds_returns_of_the_old_and_advantages_of_the_new_critic,
+        "compute_gae(decisions, new_value",
+        "compute_gae(decisions, value",
+    ),
+    (
+        test_history_holds_returns_of_the_old_and_advantages_of_the_new_critic,
+        "args.time_scale * time[..., None]",
+        "0 * time[..., None]",
+    ),
+    (
+        test_history_holds_returns_of_the_old_and_advantages_of_the_new_critic,
+        "log_prob=log_prob(policy, action)",
+        "log_prob=log_prob(policy, decisions.action)",
+    ),
+    (
+        test_critic_is_centred_on_its_first_minibatch_only,
+        "learner.iteration == 0",
+        "learner.iteration >= 0",
+    ),
+    (
+        test_a_decision_is_held_but_not_into_a_new_episode,
+        "jnp.where(decides, action, held.action)",
+        "action",
+    ),
+    (
+        test_a_decision_is_held_but_not_into_a_new_episode,
+        "new.truncated, -1, held.count",
+        "new.truncated, held.count, held.count",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("test", "text", "slip"), MUTANTS, ids=lambda x: getattr(x, "__name__", str(x))[:40]
+)
+def test_mutant_is_killed(ppo, test, text, slip):
+    """Every case of a test is run on the mutant; one is enough."""
+    mutant = mutate("ppo_cma", text, slip)
+    more = {
+        test_distribution: [(False,), (True,)],
+        test_losses: [(False,), (True,)],
+        test_decisions_and_their_advantages: [(1,), (3,)],
+        test_ppo_mode_is_ppo_continuous: [(ppo,)],
+    }
+    with pytest.raises(AssertionError):
+        for case in more.get(test, [()]):
+            test(mutant, *case)

@@ -3,15 +3,14 @@
 import shutil
 import subprocess
 import sys
-from functools import partial
 
-import flax
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, SCRIPTS, SMALL, environment
+from conftest import ROOT, SCRIPTS, SMALL, command, environment
+from gymnasium.spaces import Box
 from processes import execute
-from runs import events_of, result, run_in_two_processes, run_on_cores, scalars
+from runs import assert_same, result, run_in_two_processes, run_on_cores, scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 COUNTER = ["--env-id", "scripted:Counter-v0"]
@@ -24,17 +23,6 @@ TOOLS = (
     "jaxmarl",
     "mpe2",
 )  # what tests need, and scripts only for some ids
-
-
-def saved(folder):
-    """Returns what a run folder's newest checkpoint holds of the learner, as nested dicts."""
-    newest = max((folder / "checkpoints").glob("*.msgpack"), key=lambda path: int(path.stem))
-    return flax.serialization.msgpack_restore(newest.read_bytes()[32:])["learner"]
-
-
-def assert_close(folder, other, **tolerance):
-    compare = partial(np.testing.assert_allclose, **tolerance)
-    jax.tree.map(compare, saved(folder), saved(other))
 
 
 @pytest.mark.costly
@@ -50,25 +38,14 @@ def test_same_command_same_curves(run, tmp_path, script):
     assert others <= one.keys()
     r = result(tmp_path / "a")
     assert r["finished"] and r["timesteps"] == 640 and r["seeds"] == [1]
-    if script == "ppo_atari":  # CartPole
-        assert 10 < r["episodes"][0] < 60 and 10 < r["episodic_return"][0] < 60
-    else:
-        assert r["episodes"] == [3] and -2000 < r["episodic_return"][0] < -500
-    keys = "script env_id args eval_return wall_time compile_time versions device"
-    keys += " sps sps_with_compile sps_rollout sps_update"
+    assert r["episodes"][0] > 2 and r["episodic_return"][0] is not None
+    keys = "script env_id args eval_return wall_time compile_time sps versions device"
     assert set(keys.split()) <= r.keys()
-
-
-@pytest.mark.costly
-def test_tensorboard_shows_settings_networks_and_histograms(run, tmp_path, script):
-    run(script, *COUNTER, "--total-timesteps", 640, "--run-dir", "a")
     events = EventAccumulator(str(tmp_path / "a"), size_guidance={"tensors": 0}).Reload()
     tags = set(events.Tags()["tensors"])
-    assert {"hyperparameters", "networks"} <= tags
     assert {f"rollout/{name}" for name in ("obs", "action", "reward")} <= tags
     hparams = events.SummaryMetadata("_hparams_/session_start_info").plugin_data
     assert hparams.plugin_name == "hparams" and b"learning_rate" in hparams.content
-    assert len(events_of(tmp_path / "a")) == 1
 
 
 def test_resumed_equals_never_stopped(run, tmp_path, script):
@@ -78,68 +55,53 @@ def test_resumed_equals_never_stopped(run, tmp_path, script):
     run(script, *own, "--total-timesteps", 256, "--run-dir", "whole")
     run(script, *own, "--total-timesteps", 128, "--run-dir", "halves")
     run(script, *own, "--total-timesteps", 256, "--run-dir", "halves")
-    assert_close(tmp_path / "whole", tmp_path / "halves", rtol=0, atol=0)
+    assert_same(tmp_path / "whole", tmp_path / "halves")
     assert scalars(tmp_path / "whole") == scalars(tmp_path / "halves")
 
 
 @pytest.mark.costly
-def test_two_processes_compute_what_one_does(run, tmp_path, script):
+def test_seeds_devices_and_processes_compute_what_one_does(run, tmp_path, script):
+    """On the host: seed k of S, idle cores, two processes, another device than environments'."""
     flags = ["--env-id", "Pendulum-v1", "--num-envs", 4, "--total-timesteps", 768]
     # Statistics of returns would start from different episodes' sums, to rounding
     flags += ["--no-norm-reward"] if script != "ppo_cma" else []
     run(script, *flags, "--run-dir", "one")
-    run_in_two_processes(tmp_path, script, *flags, "--run-dir", "two")
-    assert_close(tmp_path / "one", tmp_path / "two", rtol=2e-4, atol=2e-5)
+    run(script, *flags, "--seed", 0, "--num-seeds", 2, "--run-dir", "batch")
+    run_on_cores(tmp_path, script, 2, *flags, "--run-dir", "cores")
+    run_in_two_processes(tmp_path, script, *flags, "--run-dir", "processes")
+    for other in ("cores", "processes"):
+        assert_same(tmp_path / "one", tmp_path / other, rtol=2e-4, atol=2e-5)
+    lone, batch = scalars(tmp_path / "one"), scalars(tmp_path / "batch/seed1")
+    assert lone.keys() == batch.keys() and scalars(tmp_path / "batch/seed0") != batch
+    for name in lone:
+        np.testing.assert_allclose(lone[name], batch[name], rtol=5e-3, atol=1e-3, err_msg=name)
+    run(script, "--mode", "eval", "--run-dir", "batch", "--eval-episodes", 2)
+    assert [row["episodes"] for row in result(tmp_path / "batch")["eval_return"]] == [2, 2]
 
 
 @pytest.mark.costly
-def test_idle_cores_share_large_minibatches(tmp_path, script):
-    """What cores compute that seeds leave idle is what a single core does."""
-    flags = ["--env-id", "Pendulum-v1", "--num-envs", 4, "--total-timesteps", 768]
-    for cores in (1, 2):
-        run_on_cores(tmp_path, script, cores, *flags, "--run-dir", cores)
-    assert_close(tmp_path / "1", tmp_path / "2", rtol=2e-4, atol=2e-5)
-
-
-@pytest.mark.costly
-@pytest.mark.parametrize("acting", [0, 1])
-def test_updates_on_another_device_than_environments(run, tmp_path, script, acting):
-    """As on a GPU machine, policies here or there: what comes out is the same, to the last bit."""
+def test_updates_on_another_device_than_environments(run, tmp_path, script):
+    """As on a GPU machine; what comes out is the same, to the last bit."""
     code = f"""
 import jax, numpy as np, {script} as m
-def configure(args):
+def make_mesh(args):
     jax.config.update("jax_num_cpu_devices", 2)
     return m.Mesh(np.array(jax.devices()[1:])[None], ("process", "seed"))
-m.configure = configure
-m.acting_device = lambda *_: jax.devices()[{acting}]
+m.make_mesh = make_mesh
 m.main()
 """
     flags = ["--env-id", "Pendulum-v1", "--num-envs", 4, "--total-timesteps", 768]
     run(script, *flags, "--run-dir", "one")
-    line = [sys.executable, "-c", code, *SMALL[script], *flags, "--run-dir", "two"]
-    env = environment(PYTHONPATH=str(ROOT))
+    _, _, *rest = command(script, *SMALL[script], *flags, "--run-dir", "two")
     done = subprocess.run(
-        [str(x) for x in line], cwd=tmp_path, env=env, capture_output=True, text=True
+        [sys.executable, "-c", code, *rest],
+        cwd=tmp_path,
+        env=environment(PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert_close(tmp_path / "one", tmp_path / "two", rtol=0, atol=0)
-
-
-@pytest.mark.costly
-def test_seeds_in_one_process_are_lone_runs(run, tmp_path, script):
-    flags = ["--env-id", "Pendulum-v1", "--num-envs", 4, "--total-timesteps", 768]
-    run(script, *flags, "--seed", 3, "--run-dir", "lone")
-    run(script, *flags, "--seed", 2, "--num-seeds", 2, "--run-dir", "batch")
-    lone = scalars(tmp_path / "lone")
-    batch = scalars(tmp_path / "batch/seed3")
-    assert lone.keys() == batch.keys()
-    for name in lone:
-        np.testing.assert_allclose(lone[name], batch[name], rtol=5e-3, atol=1e-3, err_msg=name)
-    assert scalars(tmp_path / "batch/seed2") != batch
-    evaluating = ["--mode", "eval", "--run-dir", "batch", "--eval-episodes", 2]
-    run(script, *evaluating)
-    rows = result(tmp_path / "batch")["eval_return"]
-    assert [row["episodes"] for row in rows] == [2, 2]
+    assert_same(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.costly
@@ -148,10 +110,10 @@ def test_async_environments_use_all_cores(run, tmp_path, script):
     slow = ["--env-id", "scripted:Slow-v0", "--num-envs", 4]
     speed = {}
     for kind in ("sync", "async"):
-        run(script, *slow, "--vectorization", kind, "--total-timesteps", 256, "--run-dir", kind)
-        speed[kind] = result(tmp_path / kind)["sps_rollout"]
+        run(script, *slow, "--vectorization", kind, "--total-timesteps", 512, "--run-dir", kind)
+        speed[kind] = result(tmp_path / kind)["sps"]
     assert speed["async"] > 1.8 * speed["sync"]
-    assert_close(tmp_path / "sync", tmp_path / "async", rtol=0, atol=0)
+    assert_same(tmp_path / "sync", tmp_path / "async")
 
 
 @pytest.mark.costly
@@ -162,20 +124,15 @@ def test_the_best_checkpoint_is_kept(run, tmp_path, script):
     run(script, "--env-id", "scripted:Unbounded-v0", *flags, *wild)
     points = scalars(tmp_path / "a")["charts/episodic_return_100"]
     best, _ = max(points, key=lambda point: point[1])
-    (kept,) = (tmp_path / "a/best").glob("*.msgpack")
-    assert int(kept.stem) * 64 == best < 640
+    kept = np.load(tmp_path / "a/checkpoints/best.npz")
+    assert kept[".learner.iteration"] * 64 == best < 640
     module = __import__(script)
-    good = module.load(tmp_path / "a", best=True)
-    last = module.load(tmp_path / "a")
-    assert good.learner.iteration == int(kept.stem) and last.learner.iteration == 10
+    assert module.load(tmp_path / "a", best=True)([0.5, 1]) != module.load(tmp_path / "a")([0.5, 1])
     means = []
     for more in ([], ["--use-best"]):
         run(script, "--mode", "eval", "--run-dir", "a", "--eval-episodes", 1, *more)
         means.append(result(tmp_path / "a")["eval_return"][0]["mean"])
     assert means[1] != means[0]
-    shutil.rmtree(tmp_path / "a/best")
-    bad = run(script, "--mode", "eval", "--run-dir", "a", "--use-best", check=False)
-    assert bad.returncode == 2 and "train with --keep-best" in bad.stderr.splitlines()[-1]
 
 
 def forgetful(policy):
@@ -188,31 +145,17 @@ def forgetful(policy):
     return ask
 
 
-@pytest.mark.costly
-def test_a_trained_policy_is_three_lines_away(trained, script):
-    """In a new process, whose JAX is set as before."""
-    folder = trained(script)
-    code = (
-        f"import jax, {script} as m\n"
-        "before = dict(jax.config.values)\n"
-        f"policy = m.load({str(folder)!r})\n"
-        "print(policy([0.5, 1.0]), dict(jax.config.values) == before)"
-    )
-    env = environment(PYTHONPATH=str(ROOT))
-    line = [sys.executable, "-c", code]
-    done = subprocess.run(line, env=env, capture_output=True, text=True, check=True)
-    assert done.stdout.endswith("True\n")
-
-
+@pytest.mark.parametrize("script", [x.stem for x in SCRIPTS if x.stem != "ppo_multiagent"])
 def test_a_trained_policy_acts_as_in_an_evaluation(trained, run, tmp_path, script):
-    """Without environments."""
+    """On one observation or a batch of them; JAX is set as before."""
     folder = trained(script)
     module = __import__(script)
-    loaded = module.load(folder)
-    policy = forgetful(loaded)
+    before = dict(jax.config.values)
+    policy = forgetful(module.load(folder))
     one = policy(np.array([0.5, 1.0]))
+    assert dict(jax.config.values) == before
     if script == "ppo_atari":
-        assert one in (0, 1) and one.dtype == np.int64
+        assert one in (0, 1)
     else:
         assert one.shape == (1,) and one.dtype == np.float32
     batch = policy(np.array([[0.5, 1.0], [0.2, 1.0], [0.5, 1.0]]))
@@ -226,15 +169,25 @@ def test_a_trained_policy_acts_as_in_an_evaluation(trained, run, tmp_path, scrip
 
     if script == "ppo_icm_lstm":  # tests/test_icm_lstm.py has it with memory
         return
-    playing = ["--mode", "eval", "--run-dir", "a", "--eval-episodes", 1, "--deterministic"]
-    run(script, *playing)
+    run(script, "--mode", "eval", "--run-dir", "a", "--eval-episodes", 1, "--deterministic")
     total = 0.0
+    repeat = getattr(module.read_args(folder), "action_repeat", 1)
     for step in range(7):
-        held = step - step % getattr(loaded.args, "action_repeat", 1)
-        action = policy(np.array([held / 7, 1.0], np.float32))
+        action = policy(np.array([(step - step % repeat) / 7, 1.0], np.float32))
         total += 1 - float(np.square(action - 0.5).sum())
     evaluated = result(folder)["eval_return"][0]["mean"]
     np.testing.assert_allclose(total, evaluated, rtol=1e-5)
+
+
+@pytest.mark.costly
+def test_a_loaded_action_is_inside_of_its_space(run, tmp_path, script):
+    """Of bounds that are no float32, and in their dtype."""
+    run(script, "--env-id", "scripted:Strict-v0", "--log-std-init", 3, "--run-dir", "a")
+    policy = __import__(script).load(tmp_path / "a")
+    space = Box(-0.1, 0.1, (2,), np.float64)
+    for _ in range(10):
+        action = policy([0.5, 1], deterministic=False)
+        assert action.dtype == np.float64 and space.contains(action)
 
 
 def test_an_agent_goes_on_from_a_run(trained, cma):
@@ -290,37 +243,40 @@ SWITCHES = [
         "ppo_continuous",
         "Nested",
         "--objective kl-penalty --kl-rule 1.5 2 0.5 --kl-barrier 10 --adaptive-lr --no-anneal-lr"
-        " --anneal-clip --anneal-ent --ent-coef 0.01 --no-clip-vloss --no-norm-adv --no-norm-obs"
-        " --no-norm-reward --recompute-advantages --target-kl 0.01 --activation relu"
+        " --anneal-clip --ent-coef 0.01 --clip-vloss --norm-adv --no-norm-obs"
+        " --no-norm-reward --no-recompute-advantages --target-kl 0.01 --activation relu"
         " --no-ortho-init --state-dependent-std --log-std-init -1 --no-scale-actions"
         " --max-grad-norm inf --clip-obs inf --l2-coef 0.001",
     ),
-    ("ppo_continuous", "Mirrored", "--objective none --gae-lambda 1 --num-seeds 2 --num-envs 2"),
+    (
+        "ppo_continuous",
+        "Choices",
+        "--objective none --gae-lambda 1 --num-seeds 2 --num-envs 2 --squash-actions",
+    ),
     (
         "ppo_cma",
         "Nested",
         "--algorithm ppo --covariance full --action-repeat 3 --no-dense-skips --no-scale-obs"
         " --value-loss soft-l1 --clip-advantage 3",
     ),
-    ("ppo_cma", "Mirrored", "--algorithm pg-pos"),
+    ("ppo_cma", "Choices", "--algorithm pg-pos"),
     (
         "ppo_icm_lstm",
         "Nested",
-        "--recurrence lstm --burn-in 2 --norm-value --bootstrap dynamic --reward-range -1 10"
-        " --reward-range-end -1 1 --obs-range -5 5 --intrinsic-critic --anneal-intrinsic"
+        "--recurrence lstm --norm-value --bootstrap dynamic --reward-range -1 10"
+        " --reward-range-end -1 1 --obs-range -5 5 --anneal-intrinsic"
         " --split-obs flat --min-learning-rate 1e-4 --anneal-ent --recompute-advantages",
     ),
     (
         "ppo_multiagent",
         "Pair",
-        "--recurrence lstm --memory-size 4 --burn-in 2 --algorithm ippo --agent-types 0 1"
-        " --num-seeds 2 --team-reward --no-norm-value --sequence-length 16",
+        "--recurrence lstm --memory-size 4 --algorithm ippo --agent-types 0 1"
+        " --num-seeds 2 --team-reward --no-norm-value --sequence-length 16 --anneal-ent",
     ),
-    ("ppo_multiagent", "Nested", "--objective kl-penalty --anneal-ent --recompute-advantages"),
     (
         "ppo_icm_lstm",
         "Masked-key",
-        "--recurrence none --no-icm --sequence-length None --init normc --bootstrap fixed"
+        "--recurrence none --no-icm --sequence-length None --no-ortho-init --bootstrap fixed"
         " --target-kl 0.01 --objective kl-penalty",
     ),
 ]
@@ -328,7 +284,7 @@ SWITCHES = [
 
 @pytest.mark.parametrize(("script", "env_id", "switches"), SWITCHES, ids=lambda x: x[:30])
 def test_every_switch_runs(run, tmp_path, script, env_id, switches):
-    """Options that no other test runs from the command line, on nested and copied observations."""
+    """Options that no other test runs from the command line, on observations of many kinds."""
     run(script, "--env-id", f"scripted:{env_id}-v0", *switches.split(), "--run-dir", "a")
     assert result(tmp_path / "a")["finished"]
 
@@ -337,8 +293,11 @@ def test_every_switch_runs(run, tmp_path, script, env_id, switches):
 def test_copied_script_runs_alone(tmp_path, path):
     """It needs nothing of this repository: trains, evaluates and films from an empty folder."""
     shutil.copy(path, tmp_path / "mine.py")
-    task = "MountainCar-v0" if path.stem == "ppo_atari" else "MountainCarContinuous-v0"
-    flags = ["--env-id", task, "--env-kwargs", '{"max_episode_steps": 50}', "--run-dir", "a"]
+    shutil.copy(ROOT / "tests/scripted.py", tmp_path / "my_envs.py")
+    tasks = {"ppo_atari": "MountainCar-v0", "ppo_multiagent": "my_envs:Pair-v0"}
+    task = tasks.get(path.stem, "MountainCarContinuous-v0")
+    kwargs = "{}" if ":" in task else '{"max_episode_steps": 50}'
+    flags = ["--env-id", task, "--env-kwargs", kwargs, "--run-dir", "a"]
     alone = [sys.executable, "-I", str(tmp_path / "mine.py"), *flags, *SMALL[path.stem]]
     trained = subprocess.run(alone, cwd=tmp_path, capture_output=True, text=True)
     line = [sys.executable, str(tmp_path / "mine.py"), *flags, "--mode", "eval", "--video"]
@@ -347,7 +306,8 @@ def test_copied_script_runs_alone(tmp_path, path):
         assert done.returncode == 0, done.stderr
         assert "RuntimeWarning" not in done.stderr
     films = sorted(film.name for film in (tmp_path / "a/videos").iterdir())
-    assert films == [f"{task}.gif", f"{task}.mp4"]
+    name = task.replace(":", "_")
+    assert films == [f"{name}.gif", f"{name}.mp4"]
     assert (tmp_path / "a/mine.py").read_text() == path.read_text()
 
 
