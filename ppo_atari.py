@@ -121,8 +121,8 @@ class Args(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings"):
     gae_lambda: Fraction = 0.95  # GAE mixing: 0 is the one-step error, 1 the Monte Carlo return
     norm_obs: bool = True  # normalise observations by their running mean and variance
     norm_reward: bool = False  # divide rewards by the running deviation of the discounted return
-    clip_obs: Bound = 10.0  # bound on observations, after norm_obs (inf: off)
-    clip_reward: Bound = 1.0  # bound on rewards, after norm_reward (inf: off)
+    clip_obs: Bound = 10.0  # bound on observations, once scaled (inf: off)
+    clip_reward: Bound = 1.0  # bound on rewards, once scaled (inf: off)
     # Observations
     protocol: Literal["openai", "machado"] = "openai"  # of Atari: defaults of the next five flags
     episodic_life: bool = True  # a lost life is an end for learning, not for scores

@@ -117,7 +117,7 @@ class Args(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings"):
     gae_lambda: Fraction = 0.95  # GAE mixing: 0 is the one-step error, 1 the Monte Carlo return
     scale_obs: bool = True
     """divide observations by twice the root of the largest mean square of an iteration so far"""
-    clip_obs: Bound = math.inf  # bound on observations, after norm_obs (inf: off)
+    clip_obs: Bound = math.inf  # bound on observations, once scaled (inf: off)
     # Update
     algorithm: Literal["ppo-cma-m", "ppo-cma", "ppo", "pg", "pg-pos"] = "ppo-cma-m"
     """PPO-CMA with and without mirroring, PPO, and plain policy gradients"""

@@ -120,8 +120,8 @@ class Args(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings"):
     gae_lambda: Fraction = 0.95  # GAE mixing: 0 is the one-step error, 1 the Monte Carlo return
     norm_obs: bool = True  # normalise observations by their running mean and variance
     norm_reward: bool = True  # divide rewards by the running deviation of the discounted return
-    clip_obs: Bound = 10.0  # bound on observations, after norm_obs (inf: off)
-    clip_reward: Bound = 10.0  # bound on rewards, after norm_reward (inf: off)
+    clip_obs: Bound = 10.0  # bound on observations, once scaled (inf: off)
+    clip_reward: Bound = 10.0  # bound on rewards, once scaled (inf: off)
     scale_actions: bool = True  # map actions in [-1, 1] to the environment's bounds, if any
     squash_actions: bool = False  # tanh of actions before that
     # Update

@@ -124,8 +124,8 @@ class Args(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings"):
     gae_lambda: Fraction = 0.95  # GAE mixing: 0 is the one-step error, 1 the Monte Carlo return
     norm_obs: bool = True  # normalise observations by their running mean and variance
     norm_reward: bool = True  # divide rewards by the running deviation of the discounted return
-    clip_obs: Bound = 10.0  # bound on observations, after norm_obs (inf: off)
-    clip_reward: Bound = 10.0  # bound on rewards, after norm_reward (inf: off)
+    clip_obs: Bound = 10.0  # bound on observations, once scaled (inf: off)
+    clip_reward: Bound = 10.0  # bound on rewards, once scaled (inf: off)
     obs_range: Range | None = None  # least and largest observation, after that
     obs_range_end: Range | None = None  # the same at the run's end, reached linearly
     reward_range: Range | None = None  # least and largest reward for learning, after scaling

@@ -121,8 +121,8 @@ class Args(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings"):
     gae_lambda: Fraction = 0.95  # GAE mixing: 0 is the one-step error, 1 the Monte Carlo return
     norm_obs: bool = True  # normalise observations by their running mean and variance
     norm_reward: bool = True  # divide rewards by the running deviation of the discounted return
-    clip_obs: Bound = 10.0  # bound on observations, after norm_obs (inf: off)
-    clip_reward: Bound = 10.0  # bound on rewards, after norm_reward (inf: off)
+    clip_obs: Bound = 10.0  # bound on observations, once scaled (inf: off)
+    clip_reward: Bound = 10.0  # bound on rewards, once scaled (inf: off)
     scale_actions: bool = True  # map actions in [-1, 1] to the environment's bounds, if any
     # Update
     learning_rate: Positive = 1e-3  # Adam's step size
@@ -1057,7 +1057,8 @@ def make_team(observations: spaces.Space, actions: spaces.Space) -> Team:
     masked = [isinstance(space, spaces.Dict) and has_mask(space.spaces) for space in own]
     for i in np.flatnonzero(masked):
         own[i] = spaces.Dict({k: x for k, x in own[i].items() if k != "action_mask"})
-    require(any(len(own_obs(x, None, np)) for x in own), "agents' observations are empty")
+    size = sum(len(own_obs(x, None, np)) for x in own)  # refuses what networks cannot take
+    require(size > 0, "agents' observations are empty")
     action_spaces = list(done.values())
     joint = joint_action_space(action_spaces)
     there = everything(joint, action_spaces)

@@ -1,7 +1,7 @@
 """MinAtar at 10M steps: ppo_atari.py against PureJaxRL's ppo.py, on the same games and seeds.
 
     python benchmarks/minatar.py  # ours; goes on where it was
-    python benchmarks/minatar.py --games Breakout --variants bfloat16
+    python benchmarks/minatar.py --games Breakout --variants "PureJaxRL's entropy bonus"
     python benchmarks/minatar.py --purejaxrl CHECKOUT --peer-python ../peers/bin/python  # theirs
 
 where CHECKOUT is github.com/luchris429/purejaxrl's folder purejaxrl, run with the settings of its
@@ -28,7 +28,6 @@ FLAGS = (
 )
 VARIANTS = {  # of ours
     "ours": "--ent-coef 0.03",
-    "bfloat16": "--ent-coef 0.03 --dtype bfloat16",
     "PureJaxRL's entropy bonus": "--ent-coef 0.01",
 }
 PUREJAXRL = """
