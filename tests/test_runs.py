@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 COUNTER = ["--env-id", "scripted:Counter-v0"]
 TOOLS = (
     "pytest",
+    "hypothesis",
     "ruff",
     "gymnax",
     "six",
