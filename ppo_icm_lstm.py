@@ -1249,7 +1249,7 @@ def clip_bootstrap(value: Array, rollout: Transition, learner: LearnerState, arg
 
 
 def as_sequences(tree: Any, args: Args) -> Any:
-    """Returns leaves [T, N*K, ...] as sequences of L steps [T*N*K/L, L, ...], never across."""
+    """Returns leaves [T, R, ...] as sequences of L steps, [T*R/L, L, ...], never across rows."""
 
     def cut(x: Array) -> Array:
         x = x.reshape(-1, args.chunk_length, *x.shape[1:]).swapaxes(1, 2)
@@ -1337,13 +1337,17 @@ def update_value_stats(learner: LearnerState, batch: Batch, args: Args) -> Learn
     old_std = jnp.sqrt(old.var + 1e-8)
     new = update_stats(batch.target * old_std + old.mean, old, batch.mask)
     new_std = jnp.sqrt(new.var + 1e-8)
-    last = f"critic_{len(args.critic_sizes)}"
-    layer = learner.params["params"][last]
-    layer = {
-        "kernel": layer["kernel"] * old_std / new_std,
-        "bias": (layer["bias"] * old_std + old.mean - new.mean) / new_std,
-    }
-    params = {"params": learner.params["params"] | {last: layer}}
+
+    def rescaled(path: tuple, x: Array) -> Array:
+        layer, kind = (key.key for key in path[-2:])
+        if layer != f"critic_{len(args.critic_sizes)}":
+            return x
+        x = x * old_std / new_std
+        if kind == "bias":
+            x = x + (old.mean - new.mean) / new_std
+        return x
+
+    params = jax.tree_util.tree_map_with_path(rescaled, learner.params)
     return learner._replace(params=params, value_stats=new)
 
 

@@ -724,7 +724,7 @@ def epoch_step(
 
 
 def as_sequences(tree: Any, args: Args) -> Any:
-    """Returns leaves [T, R, ...] as sequences of L steps, [T/L*R, L, ...]."""
+    """Returns leaves [T, R, ...] as sequences of L steps, [T*R/L, L, ...], never across rows."""
 
     def cut(x: Array) -> Array:
         x = x.reshape(-1, args.chunk_length, *x.shape[1:]).swapaxes(1, 2)
@@ -817,8 +817,6 @@ def update_value_stats(learner: LearnerState, batch: Batch, args: Args) -> Learn
 
     Source: van Hasselt et al. 2016, arXiv 1602.07714, proposition 1 (PopArt).
     """
-    if not args.norm_value:
-        return learner
     old = learner.value_stats
     old_std = jnp.sqrt(old.var + 1e-8)
     new = update_stats(batch.target * old_std + old.mean, old, batch.mask)
@@ -935,7 +933,8 @@ def update(
     metrics["policy/epochs"] = jnp.sum(ran)
 
     learner = learner._replace(**stats, schedule=given, iteration=learner.iteration + 1)
-    learner = update_value_stats(learner, batch, args)
+    if args.norm_value:
+        learner = update_value_stats(learner, batch, args)
     must_be_finite = {  # in the order in which they arise, which is that of the alphabet
         "bad/1 the environment's observation": (rollout.obs.actor, rollout.obs.critic),
         "bad/2 the environment's reward": rollout.reward,
