@@ -151,7 +151,8 @@ class Args(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings"):
     target_kl: Positive | None = None  # no further epochs once one's approx_kl passes 1.5 times it
     # Network
     network: Literal["auto", "nature", "impala", "ppo1", "small", "mlp"] = "auto"
-    """auto: nature for images, small for those of less than 36 pixels, mlp for vectors"""
+    """auto: nature for images, small for those of less than 36 pixels, mlp for vectors; only mlp
+    has the next two flags' sizes"""
     hidden_sizes: tuple[Count, ...] = (256, 256)  # widths of the hidden layers
     critic_sizes: tuple[Count, ...] = (256, 256)  # widths of the critic's hidden layers
     activation: Literal["tanh", "relu", "elu", "silu"] = "relu"  # of the hidden layers
@@ -192,8 +193,15 @@ class Args(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings"):
             raise ValueError("--num-minibatches does not divide --num-envs x --num-steps")
         if self.norm_adv and self.minibatch_size == 1:
             raise ValueError("--norm-adv needs minibatches of more than one row")
-        if self.obs == "ram" and not is_atari(self.env_id):
-            raise ValueError("--obs ram is for EnvPool's Atari games: leave it out")
+        if self.norm_adv and self.norm_adv_once:
+            raise ValueError("--norm-adv-once is instead of --norm-adv: add --no-norm-adv")
+        if self.obs == "ram" and not self.norm_obs:
+            raise ValueError("--obs ram needs --norm-obs: --clip-obs is for scaled bytes")
+        for name in ("protocol", "obs", *PROTOCOLS["openai"]):
+            given = getattr(self, name) != Args.model_fields[name].default
+            if given and not is_atari(self.env_id):
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} is for EnvPool's Atari games: leave it out")
         return self
 
 
@@ -234,6 +242,8 @@ class RunningStats(NamedTuple):  # of observations [D], or of the discounted ret
 class Transition(NamedTuple):  # one step; a rollout stacks T of them: [T, N, ...]
     obs: Array  # raw; of a rollout [T + 1, N, ...]: obs[t + 1] is the true next observation
     action: Array  # choices, which count from 0
+    policy: "Categorical"  # that acted
+    value: Array  # of obs, as the network said then
     reward: Array  # raw
     terminated: Array  # 1: no value beyond this step
     done: Array  # 1: terminated or truncated
@@ -709,8 +719,9 @@ def epoch_step(
     """
     learner = epochs.learner
     if args.recompute_advantages:
-        _, *evaluated = evaluate_rollout(learner, rollout, network)
-        advantage, target = gather_envs(evaluated, args)
+        value = evaluate_rollout(learner, rollout, network)
+        estimated = estimate_advantages(learner, rollout, value, args)
+        advantage, target = gather_envs(estimated, args)
         batch = batch._replace(advantage=advantage.ravel(), target=target.ravel())
 
     def step(learner: LearnerState, rows: Array) -> tuple[LearnerState, dict[str, Array]]:
@@ -729,35 +740,44 @@ def epoch_step(
     return Epochs(learner=new, stopped=stopped), metrics
 
 
-ROWS_AT_ONCE = 256  # of a rollout, for which a network is asked: what it takes stays small
+ROWS_AT_ONCE = 256  # for which a network is asked, which bounds the memory of its activations
 
 
-def evaluate_rollout(
-    learner: LearnerState, rollout: Transition, network: nn.Module
-) -> tuple[tuple[Categorical, Array], Array, Array]:
-    """Returns policy and values, [T + 1, N, ...], advantages and targets, [T, N]."""
+def evaluate_rollout(learner: LearnerState, rollout: Transition, network: nn.Module) -> Array:
+    """Returns what the network says now of a rollout's observations: values [T + 1, N]."""
     steps = max(ROWS_AT_ONCE // rollout.mask.shape[1], 1)
     ask = partial(network.apply, learner.params)
-    policy, value = jax.lax.map(ask, rollout.obs, batch_size=steps)
+    _, value = jax.lax.map(ask, rollout.obs, batch_size=steps)
+    return value
+
+
+def estimate_advantages(
+    learner: LearnerState, rollout: Transition, value: Array, args: Args
+) -> tuple[Array, Array]:
+    """Returns advantages and targets, [T, N], from a critic's values [T + 1, N]."""
     schedule = learner.schedule
     advantage, target = compute_gae(rollout, value, schedule.gamma, schedule.gae_lambda)
-    if network.args.norm_adv_once:
+    if args.norm_adv_once:
         weight = rollout.mask / jnp.maximum(jnp.mean(rollout.mask, axis=0), 1e-8)
         advantage -= jnp.mean(advantage * weight, axis=0)
         advantage /= jnp.sqrt(jnp.mean(jnp.square(advantage) * weight, axis=0)) + 1e-8
-    return (policy, value), advantage, target
+    return advantage, target
 
 
 def make_batch(learner: LearnerState, rollout: Transition, network: nn.Module, args: Args) -> Batch:
-    """Returns what the losses see of a normalised rollout of [T, N / P, ...]: leaves [T*N, ...]."""
-    seen, advantage, target = evaluate_rollout(learner, rollout, network)
-    policy, value = jax.tree.map(lambda x: x[:-1], seen)  # not of the last observation
+    """Returns what the losses see of a normalised rollout of [T, N / P, ...]: leaves [T*N, ...].
+
+    Policies and values are those of the rollout; only the last observation's value is asked for.
+    """
+    _, last_value = network.apply(learner.params, rollout.obs[-1])
+    value = jnp.concatenate([rollout.value, last_value[None]])
+    advantage, target = estimate_advantages(learner, rollout, value, args)
     batch = Batch(
         obs=rollout.obs[:-1],
         action=rollout.action,
-        policy=policy,
-        log_prob=log_prob(policy, rollout.action),
-        value=value,
+        policy=rollout.policy,
+        log_prob=log_prob(rollout.policy, rollout.action),
+        value=rollout.value,
         advantage=advantage,
         target=target,
         mask=rollout.mask,
@@ -853,7 +873,7 @@ def update(
     metrics["losses/explained_variance"] = explained
     metrics["charts/learning_rate"] = learner.schedule.learning_rate
     probability = jax.nn.softmax(batch.policy.logits)
-    metrics["policy/most_likely"] = jnp.mean(jnp.max(probability, axis=-1))
+    metrics["policy/most_likely"] = masked_mean(jnp.max(probability, axis=-1), batch.mask)
     metrics["policy/param_norm"] = optax.tree.norm(learner.params)
     metrics["policy/epochs"] = jnp.sum(ran)
     learner = learner._replace(
@@ -1353,7 +1373,7 @@ def env_step(
     """
     last = runner.time_step
     obs = jax.vmap(partial(normalize, bound=args.clip_obs))(last.obs, learner.obs_stats)
-    policy, _ = jax.vmap(network.apply)(learner.params, obs)
+    policy, value = jax.vmap(network.apply)(learner.params, obs)
     action = sample_action(policy, noise)
     env_state, new = env.step(runner.env_state, env_action(action, env.action_space, args))
 
@@ -1371,6 +1391,8 @@ def env_step(
     transition = Transition(
         obs=last.obs,
         action=action,
+        policy=policy,
+        value=value,
         reward=new.reward,
         terminated=new.terminated.astype(jnp.float32),
         done=(new.terminated | new.truncated).astype(jnp.float32),
@@ -1942,7 +1964,7 @@ def load(run_folder: str | Path, seed: int | None = None, best: bool = False) ->
 
     Takes one observation, as the environment gives it, or a batch of them, and returns as many
     actions: the most likely ones, or samples, with deterministic=False. The environment is
-    opened, for its spaces.
+    opened, for its spaces. With --frame-stack, or of RAM, give the stack, as stack_frames does.
 
     Args:
         seed: which of a folder's seeds; the first where none is given.

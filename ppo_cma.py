@@ -22,7 +22,8 @@
 PPO-CMA: Hämäläinen et al., arXiv 1810.02541, and the authors' code. GAE: 1506.02438.
 Axes are always [S, T, N, ...]: seeds, steps, environments per seed. H iterations of history,
 minibatches of B rows; D numbers an observation, U an action; P processes. An iteration has
-num_envs * num_steps simulation steps; one decision of the policy is held for action_repeat of them.
+num_envs * num_steps simulation steps; one decision of the policy is held for action_repeat of them,
+but not into a new episode. So must be the actions that `load` and Agent return.
 
 Differs from the authors' code:
 1. Rollouts have a fixed size. Episodes go on in the next; where a return is cut, the critic's
@@ -179,6 +180,8 @@ class Args(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings"):
             raise ValueError("--total-timesteps is below one rollout, --num-envs x --num-steps")
         if self.num_steps < self.action_repeat:
             raise ValueError("--num-steps is below --action-repeat")
+        if self.ent_coef and self.algorithm.startswith("ppo-cma"):
+            raise ValueError("--ent-coef belongs to --algorithm ppo, pg or pg-pos")
         return self
 
 
@@ -591,7 +594,8 @@ def merge_held_steps(rollout: Transition, repeat: int) -> tuple[Transition, Arra
         return reorder(total)
 
     lengths = rollout.episodic_length
-    before = jnp.concatenate([jnp.maximum(lengths[:1] - 1, 0), lengths])
+    earlier = jnp.pad(lengths[:-1], ((1, 0), (0, 0)))  # of an episode that a reset follows
+    before = jnp.concatenate([jnp.where(mask > 0, lengths - 1, earlier), lengths[-1:]])
     decisions = rollout._replace(
         obs=keep_last(rollout.obs),
         action=reorder(rollout.action),
@@ -1931,6 +1935,8 @@ class Agent:
     agent = Agent(observation_space, action_space, **settings); agent.init(seed);
     action = agent.act(obs); agent.memorize(obs, action, reward, next_obs, terminated, truncated);
     agent.update_with_memorized(). Or agent = Agent.from_run(run_folder), and on from there.
+    An action is a decision: an agent of a run is to hold it for the run's --action-repeat steps,
+    but not into a new episode, and to memorize it once, with the sum of their rewards.
     """
 
     def __init__(
@@ -1972,7 +1978,11 @@ class Agent:
         Raises: InputError, a ValueError, where the folder holds no run of this script.
         """
         folder = Path(run_folder).resolve()
-        args = read_args(folder)
+        alone = {"distributed": False, "vectorization": "sync"}
+        args = read_args(folder).model_copy(update=alone)
+        seeds = list(range(args.seed, args.seed + args.num_seeds))
+        if seed not in (None, *seeds):
+            raise InputError(f"{folder} has no seed {seed}, but {seeds}")
         run = make_run(args)
         like = Checkpoint(jax.eval_shape(run.init), None, np.zeros(3), 0.0)
         found = newest_checkpoint(folder, like)
@@ -1984,7 +1994,7 @@ class Agent:
             args.rollout_size,
             **dict(args) | {"action_repeat": 1},
         )
-        index = 0 if seed is None else seed - args.seed
+        index = 0 if seed is None else seeds.index(seed)
         agent.learner = jax.tree.map(lambda x: x[index], found.learner)
         agent.random = np.random.default_rng()
         return agent

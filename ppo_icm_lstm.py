@@ -207,7 +207,7 @@ class Args(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings"):
         return self.sequence_length or self.num_steps
 
     @property
-    def minibatch_size(self) -> int:  # in sequences
+    def minibatch_size(self) -> int:  # in sequences, as processes share these; not in rows
         return self.rollout_size // self.chunk_length // self.num_minibatches
 
     @property
@@ -242,8 +242,19 @@ class Args(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings"):
             raise ValueError("--kl-barrier needs --objective kl-penalty")
         if self.adaptive_lr and self.anneal_lr:
             raise ValueError("--adaptive-lr contradicts --anneal-lr: add --no-anneal-lr")
+        return self
+
+    @model_validator(mode="after")
+    def check_unread(self) -> "Args":
+        """Raises: ValueError where nothing would read a setting."""
         if self.sequence_length and self.recurrence == "none":
             raise ValueError("--sequence-length belongs to --recurrence lstm or gru")
+        if self.forget_bias and self.recurrence != "lstm":
+            raise ValueError("--forget-bias belongs to --recurrence lstm")
+        if self.min_learning_rate and not self.anneal_lr:
+            raise ValueError("--min-learning-rate contradicts --no-anneal-lr")
+        if self.min_ent_coef and not self.anneal_ent:
+            raise ValueError("--min-ent-coef needs --anneal-ent")
         return self
 
     @model_validator(mode="after")
@@ -296,14 +307,14 @@ class Sequence(NamedTuple):  # what networks take: C sequences of L steps
 
 
 class Batch(NamedTuple):  # what the loss sees, [C, L, ...], C = T*N*K/L; a minibatch has B of C
-    obs: Sequence
+    obs: Sequence  # whose own mask stays 0 or 1, for memory
     action: Array
     policy: "Gaussian | Categorical"  # that acted
     log_prob: Array  # of action under it
     value: Array  # before the update
     advantage: Array
     target: Array
-    mask: Array  # in a minibatch a weight of mean 1
+    mask: Array  # of losses; in a minibatch a weight of mean 1
     next_obs: dict | None = None  # the true ones, normalised, for the curiosity
 
 
@@ -325,17 +336,22 @@ class CuriosityState(NamedTuple):  # what the curiosity has learnt
     discounted: Array  # [N], that sum so far
 
 
+class Learning(NamedTuple):  # what acting does not need
+    adam: Any
+    curiosity: CuriosityState | None
+
+
 class LearnerState(NamedTuple):  # all that training changes
     params: Any
-    opt_state: Any
+    opt_state: Learning
     obs_stats: dict[str, RunningStats]  # of the parts that are numbers
     return_stats: RunningStats
     value_stats: RunningStats  # of value targets
-    reward_range: Array  # [2], the least and the largest reward that was learnt from
-    curiosity: CuriosityState | None
+    rewards_seen: Array  # [2], the least and the largest reward that was learnt from
     schedule: Schedule  # as given; annealing leaves it alone
     key: Array  # [2], of the whole run; each iteration's keys are folded from it
     iteration: Array  # []
+    progress: Array  # [], the part of the run that is over
     episodes: Array  # [], ended so far
     returns: Array  # [100], of the last training episodes, the newest last; before these -inf
 
@@ -885,12 +901,12 @@ def normalize(x: Array, stats: RunningStats, bound: float) -> Array:
 
 
 def clip_on_schedule(
-    x: Array, begin: Range | None, end: Range | None, learner: LearnerState, args: Args
+    x: Array, begin: Range | None, end: Range | None, learner: LearnerState
 ) -> Array:
     """Returns x within bounds that go linearly from `begin` to `end` over the run, if there are."""
     if begin is None:
         return x
-    part = (learner.iteration / args.num_iterations).astype(x.dtype)
+    part = learner.progress.astype(x.dtype)
     end = end or begin
     low = begin[0] + (end[0] - begin[0]) * part
     high = begin[1] + (end[1] - begin[1]) * part
@@ -912,7 +928,7 @@ def prepare_obs(obs: dict, learner: LearnerState, args: Args) -> dict:
     prepared = dict(obs)
     for name, stats in learner.obs_stats.items():
         x = normalize(obs[name], stats, args.clip_obs)
-        prepared[name] = clip_on_schedule(x, args.obs_range, args.obs_range_end, learner, args)
+        prepared[name] = clip_on_schedule(x, args.obs_range, args.obs_range_end, learner)
     return prepared
 
 
@@ -1043,7 +1059,7 @@ def intrinsic_rewards(
     obs = jax.tree.map(lambda x: x[:-1, :, 0], rollout.obs)
     next_obs = jax.tree.map(lambda x: x[1:, :, 0], rollout.obs)
     curiosity = Curiosity(network.space, args)
-    guess = curiosity.apply(learner.curiosity.params, obs, next_obs, rollout.action)
+    guess = curiosity.apply(learner.opt_state.curiosity.params, obs, next_obs, rollout.action)
     return 0.5 * args.intrinsic_eta * squared_error(guess) * rollout.mask
 
 
@@ -1108,15 +1124,15 @@ def minibatch_step(
     gradient = jax.grad(ppo_loss, has_aux=True)
     grads, metrics = gradient(learner.params, batch, schedule, network, args)
     grads, metrics = average_over_processes((grads, metrics), args)
-    direction, opt_state = make_optimizer(args).update(grads, learner.opt_state)
+    direction, adam = make_optimizer(args).update(grads, learner.opt_state.adam)
     rate = schedule.learning_rate
     params = jax.tree.map(lambda p, d: p - rate * d, learner.params, direction)
-    learner = learner._replace(params=params, opt_state=opt_state)
+    opt_state = learner.opt_state._replace(adam=adam)
     if args.icm:
-        curiosity, seen = curiosity_step(learner.curiosity, batch, network, args)
-        learner = learner._replace(curiosity=curiosity)
+        curiosity, seen = curiosity_step(opt_state.curiosity, batch, network, args)
+        opt_state = opt_state._replace(curiosity=curiosity)
         metrics |= seen
-    return learner, metrics
+    return learner._replace(params=params, opt_state=opt_state), metrics
 
 
 def curiosity_step(
@@ -1243,7 +1259,7 @@ def clip_bootstrap(value: Array, rollout: Transition, learner: LearnerState, arg
     """
     low, high = args.bootstrap_range
     if args.bootstrap == "dynamic":
-        low, high = learner.reward_range
+        low, high = learner.rewards_seen
     at_end = jnp.concatenate([rollout.mask == 0, jnp.ones_like(rollout.mask[:1], bool)])
     return jnp.where(at_end, jnp.clip(value, low, high), value)
 
@@ -1298,7 +1314,7 @@ def reward_curiosity(
 
     Source: Burda et al. 2018, arXiv 1810.12894, sections 2.3 and 2.4.
     """
-    curiosity = learner.curiosity
+    curiosity = learner.opt_state.curiosity
     schedule = learner.schedule
     own = intrinsic_rewards(learner, rollout, network, args)
     raw, mask = gather_envs((own, rollout.mask), args)
@@ -1312,16 +1328,17 @@ def reward_curiosity(
     }
     rollout = rollout._replace(reward=rollout.reward + schedule.intrinsic_weight * own / scale)
     curiosity = curiosity._replace(discounted=discounted, stats=stats)
-    return learner._replace(curiosity=curiosity), rollout, metrics
+    opt_state = learner.opt_state._replace(curiosity=curiosity)
+    return learner._replace(opt_state=opt_state), rollout, metrics
 
 
 def widen_reward_range(learner: LearnerState, rollout: Transition) -> LearnerState:
     """Returns the learner with the least and the largest reward that has been learnt from."""
     real = rollout.mask > 0
-    low, high = learner.reward_range
+    low, high = learner.rewards_seen
     low = jnp.minimum(low, jnp.min(jnp.where(real, rollout.reward, jnp.inf)))
     high = jnp.maximum(high, jnp.max(jnp.where(real, rollout.reward, -jnp.inf)))
-    return learner._replace(reward_range=jnp.stack([low, high]))
+    return learner._replace(rewards_seen=jnp.stack([low, high]))
 
 
 def update_value_stats(learner: LearnerState, batch: Batch, args: Args) -> LearnerState:
@@ -1425,7 +1442,7 @@ def update(
         return_stats = update_stats(rollout.discounted_return, return_stats, rollout.mask)
     scale = return_stats._replace(mean=jnp.zeros_like(return_stats.mean))
     reward = normalize(own_rollout.reward, scale, args.clip_reward)
-    reward = clip_on_schedule(reward, args.reward_range, args.reward_range_end, learner, args)
+    reward = clip_on_schedule(reward, args.reward_range, args.reward_range_end, learner)
     scaled = own_rollout._replace(
         obs=prepare_obs(own_rollout.obs, learner, args),
         reward=args.extrinsic_weight * reward,
@@ -1472,6 +1489,7 @@ def update(
         return_stats=return_stats,
         schedule=given,
         iteration=learner.iteration + 1,
+        progress=(learner.iteration + 1) / args.num_iterations,
     )
     if args.norm_value:
         learner = update_value_stats(learner, batch, args)
@@ -1480,7 +1498,7 @@ def update(
         "bad/2 the environment's reward": rollout.reward,
         "bad/3 the discounted return": rollout.discounted_return,
         "bad/4 a running statistic": (obs_stats, return_stats, learner.value_stats),
-        "bad/5 a parameter of the network": (learner.params, learner.opt_state, learner.curiosity),
+        "bad/5 a parameter of the network": (learner.params, learner.opt_state),
     }
     metrics |= {name: ~all_finite(tree) for name, tree in must_be_finite.items()}
     learner, episode_metrics = count_episodes(learner, rollout)
@@ -2206,15 +2224,15 @@ def init_learner(seed: Array, shown: TimeStep, network: nn.Module, args: Args) -
         )
     return LearnerState(
         params=params,
-        opt_state=make_optimizer(args).init(params),
+        opt_state=Learning(make_optimizer(args).init(params), curiosity),
         obs_stats={name: RunningStats(x, x + 1, few) for name, x in numbers.items()},
         return_stats=none,
         value_stats=none,
-        reward_range=jnp.zeros(2, jnp.float32),
-        curiosity=curiosity,
+        rewards_seen=jnp.zeros(2, jnp.float32),
         schedule=Schedule(*(jnp.float32(getattr(args, name)) for name in Schedule._fields)),
         key=jax.random.fold_in(key, 1),
         iteration=jnp.int32(0),
+        progress=zero,
         episodes=jnp.int32(0),
         returns=jnp.full(100, -jnp.inf, jnp.float32),
     )

@@ -34,7 +34,7 @@ Differs from the papers and from most public code:
 3. Returns are the team's, over all agents; each agent's own, the best agent's and the task's own
    figure (food eaten, battles won) are beside them, under agents/ and in evaluations.
 4. Running statistics rest during a rollout; old values and log-probabilities are computed after
-   it, in one batch. Observations are normalised, numbers of agents are not.
+   it, in one batch. Observations are normalised, an agent's one-hot index is not.
 """
 
 import difflib
@@ -45,6 +45,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -152,7 +153,7 @@ class Args(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings"):
     agent_types: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """each agent's, such as 0 0 0 1: types have networks of their own; by default all share one
     pair, which is told which agent it is"""
-    team_reward: bool = False  # every agent learns from the sum of all rewards, not from its own
+    team_reward: bool = False  # every agent learns from the team's reward, not from its own
     # Memory
     recurrence: Literal["none", "lstm", "gru"] = "none"  # memory between observations and heads
     memory_size: Count = 128  # H, its units
@@ -176,7 +177,7 @@ class Args(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings"):
         return self.sequence_length or self.num_steps
 
     @property
-    def minibatch_size(self) -> int:  # in sequences, those of all agents counted once
+    def minibatch_size(self) -> int:  # in sequences, which devices share; a team's count as one
         return self.rollout_size // self.chunk_length // self.num_minibatches
 
     @property
@@ -266,14 +267,14 @@ class Sequence(NamedTuple):  # what networks take: rows of L steps
 
 
 class Batch(NamedTuple):  # what the loss sees, [R*T/L, L, ...]; a minibatch is [B, L, ...]
-    obs: Sequence
+    obs: Sequence  # whose own mask stays 0 or 1, for memory
     action: Array
     policy: "Gaussian | Categorical"  # that acted
     log_prob: Array  # of action under it
     value: Array  # before the update
     advantage: Array
     target: Array
-    mask: Array  # in a minibatch a weight of mean 1
+    mask: Array  # of losses; in a minibatch a weight of mean 1
 
 
 class Schedule(NamedTuple):  # numbers that change, or are swept: traced, so nothing recompiles
@@ -492,11 +493,12 @@ def kl(old: Gaussian | Categorical, new: Gaussian | Categorical) -> Array:
     return jnp.sum(0.5 * (jnp.exp(2 * log_ratio) + jnp.square(shift) - 1) - log_ratio, axis=-1)
 
 
-def spread(policy: Gaussian | Categorical) -> dict[str, Array]:
-    """Returns metrics, scalars, of how undecided a policy is."""
+def spread(policy: Gaussian | Categorical, mask: Array) -> dict[str, Array]:
+    """Returns metrics, scalars, of how undecided a policy is where mask is 1."""
     if isinstance(policy, Categorical):
-        return {"policy/most_likely": jnp.mean(jnp.max(jax.nn.softmax(policy.logits), axis=-1))}
-    return {"policy/std": jnp.mean(jnp.exp(policy.log_std))}
+        most_likely = jnp.max(jax.nn.softmax(policy.logits), axis=-1)
+        return {"policy/most_likely": jnp.mean(masked_mean(most_likely, mask))}
+    return {"policy/std": jnp.mean(masked_mean(jnp.exp(policy.log_std), mask))}
 
 
 # --- Statistics ---
@@ -866,8 +868,8 @@ def agents_as_rows(rollout: Transition) -> Transition:
 def agent_metrics(rollout: Transition) -> dict[str, Array]:
     """Returns metrics, scalars, of each agent in the episodes that ended, NaN if there are none."""
 
-    def mean(x: Array) -> Array:
-        return jnp.sum(x * rollout.ended) / jnp.sum(rollout.ended)
+    def mean(x: Array) -> Array:  # x may be NaN elsewhere
+        return jnp.mean(x, where=rollout.ended > 0)
 
     own = rollout.own_return  # [T, N, A]
     metrics = {f"agents/episodic_return_{i}": mean(own[..., i]) for i in range(own.shape[-1])}
@@ -928,7 +930,7 @@ def update(
     explained = 1 - unexplained / jnp.maximum(masked_var(batch.target, batch.mask), 1e-8)
     metrics["losses/explained_variance"] = explained
     metrics["charts/learning_rate"] = learner.schedule.learning_rate
-    metrics |= spread(batch.policy)
+    metrics |= spread(batch.policy, batch.mask)
     metrics["policy/param_norm"] = optax.tree.norm(learner.params)
     metrics["policy/epochs"] = jnp.sum(ran)
 
@@ -959,7 +961,7 @@ class TimeStep(NamedTuple):  # what teams show, leaves [S, N, A, ...]; one team'
     truncated: Array  # bool, likewise; never both
     score: Array  # [S, N], the team's reward
     state: Array  # [S, N, G], the environment's own; G = 0 where it shows none
-    measure: Array  # [S, N], the task's own figure so far, 0 where there is none
+    measure: Array  # [S, N], the task's own figure so far, NaN where there is none
 
 
 class Environment(NamedTuple):  # S*N teams behind one function
@@ -976,6 +978,8 @@ def make_env(args: Args, env_seeds: list[int]) -> Environment:
     libraries = ("gymnax/", "brax/", "playground/")
     if args.env_id in envpool.list_all_envs() or args.env_id.startswith(libraries):
         raise InputError(f"--env-id {args.env_id} is {OF_ONE_AGENT}")
+    if args.scenario and not args.env_id.startswith(("jumanji/", "jaxmarl/")):
+        raise InputError("--scenario is jumanji's and jaxmarl's: see --env-kwargs")
     if args.native:
         env = make_native(args, env_seeds)
     else:
@@ -1049,25 +1053,21 @@ class Team(NamedTuple):  # who plays; lists have a place for each agent
 
 def make_team(observations: spaces.Space, actions: spaces.Space) -> Team:
     """Returns the agents of two joint spaces. Raises: InputError where they cannot play."""
-    seen = spaces_of_agents(observations)
-    done = spaces_of_agents(actions)
-    require(set(seen) == set(done), f"agents {list(seen)} observe, and {list(done)} act")
-    own = [seen[name] for name in done]
+    observed = spaces_of_agents(observations)
+    acted = spaces_of_agents(actions)
+    if set(observed) != set(acted):
+        raise InputError(f"agents {list(observed)} observe, and {list(acted)} act")
+    own = [observed[name] for name in acted]
     masked = [isinstance(space, spaces.Dict) and has_mask(space.spaces) for space in own]
     for i in np.flatnonzero(masked):
         own[i] = spaces.Dict({k: x for k, x in own[i].items() if k != "action_mask"})
     size = sum(len(own_obs(x, None, np)) for x in own)  # refuses what networks cannot take
-    require(size > 0, "agents' observations are empty")
-    action_spaces = list(done.values())
+    if size == 0:
+        raise InputError("agents' observations are empty")
+    action_spaces = list(acted.values())
     joint = joint_action_space(action_spaces)
     there = everything(joint, action_spaces)
-    return Team(list(done), own, action_spaces, actions, joint, masked, there)
-
-
-def require(fine: bool, message: str) -> None:
-    """Raises: InputError with this message where something is not fine."""
-    if not fine:
-        raise InputError(message)
+    return Team(list(acted), own, action_spaces, actions, joint, masked, there)
 
 
 def has_mask(parts: Any) -> bool:
@@ -1178,11 +1178,13 @@ def allowed(space: spaces.Space, mask: Any, there: np.ndarray, xp: ModuleType) -
     """
     if mask is None:
         return xp.asarray(there)
-    require(not isinstance(space, spaces.Box), f"a mask is for choices, and actions are {space}")
+    if isinstance(space, spaces.Box):
+        raise InputError(f"a mask is for choices, and actions are {space}")
     parts = mask if isinstance(mask, list | tuple) else [mask]
     flat = xp.concatenate([xp.ravel(xp.asarray(part)) for part in parts]) > 0
     size = ranges(space)[0].sum()
-    require(len(flat) == size, f"a mask has {len(flat)} places, and actions are {space}")
+    if len(flat) != size:
+        raise InputError(f"a mask has {len(flat)} places, and actions are {space}")
     place = np.cumsum(there).reshape(there.shape) - 1  # in the mask, of choices that it has
     given = flat[np.minimum(place, size - 1)] & there
     return given | (there & ~given.any(axis=-1, keepdims=True))
@@ -1259,7 +1261,8 @@ def of_agents(values: Any, team: Team) -> list:
         return [values.get(name) for name in names]
     if one_for_all(values):
         return [values] * len(names)
-    require(len(values) == len(names), f"{len(names)} agents are shown {len(values)} parts")
+    if len(values) != len(names):
+        raise InputError(f"{len(names)} agents are shown {len(values)} parts")
     return [values[i] for i in range(len(names))]
 
 
@@ -1275,7 +1278,8 @@ def missing(found: list, needed: Array, what: str, team: Team) -> list[int]:
     """Returns which agents' parts are missing, on the device none. Raises: InputError if needed."""
     gaps = [i for i, x in enumerate(found) if x is None]
     for i in gaps:
-        require(not needed[i], f"agent {team.names[i]} is shown no {what}")
+        if needed[i]:
+            raise InputError(f"agent {team.names[i]} is shown no {what}")
     return gaps
 
 
@@ -1295,10 +1299,11 @@ def pack(shown: Shown, before: Presence, team: Team, xp: ModuleType) -> tuple[Ti
     acted = before.alive
     nobodys = xp.zeros_like(acted)
     present = numbers(info.get("alive", True), nobodys, "sign of life", team, xp) > 0
-    lasting = acted & present
-    terminated = acted & (numbers(terminated, lasting, "termination", team, xp) > 0)
-    truncated = acted & (numbers(truncated, lasting, "truncation", team, xp) > 0) & ~terminated
-    ended = before.ended | terminated | truncated
+    stayed = acted & present
+    said_terminated = acted & (numbers(terminated, stayed, "termination", team, xp) > 0)
+    said_truncated = acted & (numbers(truncated, stayed, "truncation", team, xp) > 0)
+    truncated = said_truncated & ~said_terminated
+    ended = before.ended | said_terminated | truncated
     alive = present & ~ended
     terminated = acted & ~alive & ~truncated
 
@@ -1321,7 +1326,7 @@ def pack(shown: Shown, before: Presence, team: Team, xp: ModuleType) -> tuple[Ti
         truncated=truncated,
         score=xp.asarray(info.get("score", total), "float32"),
         state=xp.ravel(xp.asarray(info.get("state", ()), "float32")),
-        measure=xp.asarray(info.get("measure", 0.0), "float32"),
+        measure=xp.asarray(info.get("measure", np.nan), "float32"),
     )
     return time_step, Presence(alive, ended | terminated)
 
@@ -1389,7 +1394,8 @@ class HostTeam(gymnasium.Wrapper):
         obs, info = self.env.reset(**options)
         self.presence = nobody(self.team, np)
         first = self.show(obs, 0.0, False, False, info)
-        require(first["alive"].any(), "no agent is there after a reset")
+        if not first["alive"].any():
+            raise InputError("no agent is there after a reset")
         return first, {}
 
     def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
@@ -1474,7 +1480,7 @@ def jumanji_task(env: Any) -> Task:
 
     def show(time_step: Any) -> Shown:
         seen = time_step.observation
-        eaten = time_step.extras.get("percent_eaten", 0.0)
+        eaten = time_step.extras.get("percent_eaten", np.nan)
         info = {"action_mask": seen.action_mask, "measure": eaten / 100}
         truncated = seen.step_count >= limit
         return Shown(seen.agents_view, time_step.reward, time_step.last(), truncated, info)
@@ -1496,10 +1502,12 @@ def jaxmarl_task(env: Any) -> Task:
     An end that it would not have without its clock is a truncation.
     """
     obs, state = jax.eval_shape(env.reset, jax.random.PRNGKey(0))
-    seen = [(x, spaces.Box(-np.inf, np.inf, obs[x].shape)) for x in env.agents]
-    done = [(x, gym_space(env.action_space(x))) for x in env.agents]
-    team = make_team(spaces.Dict(OrderedDict(seen)), spaces.Dict(OrderedDict(done)))
-    bonus = getattr(env, "won_battle_bonus", math.inf)  # SMAX's
+    observed = [(x, spaces.Box(-np.inf, np.inf, obs[x].shape)) for x in env.agents]
+    acted = [(x, gym_space(env.action_space(x))) for x in env.agents]
+    team = make_team(spaces.Dict(OrderedDict(observed)), spaces.Dict(OrderedDict(acted)))
+    has_clock = hasattr(env, "max_steps")
+    if not has_clock:
+        note(f"{type(env).__name__} has no max_steps: whatever ends it counts as a termination")
     masked = False
     with suppress(NotImplementedError):
         jax.eval_shape(env.get_avail_actions, state)
@@ -1525,11 +1533,13 @@ def jaxmarl_task(env: Any) -> Task:
         own = jnp.stack([done[name] for name in env.agents])
         over = done["__all__"]
         truncated = jnp.bool_(False)
-        if hasattr(env, "max_steps"):
+        if has_clock:
             truncated = over & ~ends_without_clock(key, state, action, new)
         own &= ~(truncated & jnp.all(own))  # all at once are the clock's
         terminated = own | (over & ~truncated)
-        info = more(obs, new) | {"measure": jnp.max(reward) >= bonus}  # won
+        info = more(obs, new)
+        if hasattr(env, "won_battle_bonus"):  # SMAX's
+            info["measure"] = jnp.max(reward) >= env.won_battle_bonus
         return Shown(obs, reward, terminated, truncated, info), new
 
     return Task(team, reset, step)
@@ -1594,9 +1604,12 @@ def robot_warehouse(scenario: str) -> dict:
     Source: Papoudakis et al. 2020, arXiv 2006.07869, appendix; requests are as many as agents,
     twice as many in -easy and half in -hard.
     """
-    size, agents, *level = scenario.split("-")
-    count = int(agents.removesuffix("ag"))
-    requests = {"": count, "easy": 2 * count, "hard": count // 2}[level[0] if level else ""]
+    found = re.fullmatch(r"([a-z]+)-(\d+)ag(-easy|-hard)?", scenario)
+    if not found:
+        raise ValueError(scenario)
+    size, agents, level = found.groups()
+    count = int(agents)
+    requests = {None: count, "-easy": 2 * count, "-hard": count // 2}[level]
     shelf_rows, shelf_columns = WAREHOUSES[size]
     return {
         "shelf_rows": shelf_rows,
@@ -1614,19 +1627,17 @@ def foraging(scenario: str) -> dict:
     2s is how far agents see, the whole field without; 8x8, 2p and 2f are the field's size, the
     numbers of agents and of food; coop: food needs all of them.
     """
-    parts = scenario.split("-")
-    sight = None
-    if parts[0].endswith("s"):
-        sight = int(parts.pop(0).removesuffix("s"))
-    size, agents, food, *coop = parts
-    grid = int(size.partition("x")[0])
+    found = re.fullmatch(r"(?:(\d+)s-)?(\d+)x\2-(\d+)p-(\d+)f(-coop)?", scenario)
+    if not found:
+        raise ValueError(scenario)
+    sight, grid, agents, food, coop = found.groups()
     return {
-        "grid_size": grid,
-        "fov": sight or grid,
-        "num_agents": int(agents.removesuffix("p")),
-        "num_food": int(food.removesuffix("f")),
+        "grid_size": int(grid),
+        "fov": int(sight or grid),
+        "num_agents": int(agents),
+        "num_food": int(food),
         "max_agent_level": 2,
-        "force_coop": coop == ["coop"],
+        "force_coop": coop is not None,
     }
 
 
@@ -1664,9 +1675,8 @@ def open_jaxmarl(name: str, kwargs: dict, scenario: str) -> Task:
     return jaxmarl_task(jaxmarl.make(name, **kwargs))
 
 
-def open_own(name: str, kwargs: dict, scenario: str) -> Task:
+def open_own(name: str, kwargs: dict, _: str) -> Task:
     """Returns what a user's factory, "module:function", makes: own_task's kind, or JaxMARL's."""
-    require(not scenario, "--scenario is jumanji's and jaxmarl's: see --env-kwargs")
     module, _, function = name.partition(":")
     env = getattr(importlib.import_module(module), function)(**kwargs)
     return jaxmarl_task(env) if hasattr(env, "step_env") else own_task(env)
@@ -1917,17 +1927,9 @@ def rollout(
 
 # --- Run ---
 ROWS_PER_CORE = 512  # of a minibatch; for fewer, another core costs more than it saves
-
-
 ROWS_PER_ACCELERATOR = 8192  # the same for GPUs and TPUs: a guess, never measured
-
-
 BY_SEED = PartitionSpec("seed")
-
-
 BY_ENV = PartitionSpec("seed", "process")
-
-
 ROLLOUT = PartitionSpec("seed", None, "process")
 
 
@@ -2423,9 +2425,10 @@ def load(run_folder: str | Path, seed: int | None = None, best: bool = False) ->
 
     Takes a joint observation, as the environment gives it, or a list of them, and returns as many
     joint actions, as the environment takes them: the most likely ones, or samples, with
-    deterministic=False. Masks of actions that are not in observations are its `action_mask`. With
-    recurrence it is `action, memory = policy(obs, memory)`; None at an episode's beginning. The
-    environment is opened, for its spaces.
+    deterministic=False. Agents without an observation are not alive; their actions mean nothing.
+    Masks of actions that are not in observations are its `action_mask`. With recurrence it is
+    `action, memory = policy(obs, memory)`; None at an episode's beginning. The environment is
+    opened, for its spaces.
 
     Args:
         seed: which of a folder's seeds; the first where none is given.
@@ -2454,7 +2457,10 @@ def load(run_folder: str | Path, seed: int | None = None, best: bool = False) ->
         return env_action(action, space, args), memory
 
     def show(obs: Any, action_mask: Any) -> TimeStep:
-        info = {"action_mask": action_mask, "state": state}
+        alive = [x is not None for x in of_agents(obs, team)]
+        if not any(alive):
+            raise InputError(f"an observation has a part for none of {team.names}")
+        info = {"alive": alive, "action_mask": action_mask, "state": state}
         shown, _ = pack(Shown(obs, 0.0, False, False, info), nobody(team, np), team, np)
         return shown
 
@@ -2481,7 +2487,7 @@ def load(run_folder: str | Path, seed: int | None = None, best: bool = False) ->
 class Score(NamedTuple):  # of an episode
     team: float  # the return of all agents
     agents: np.ndarray  # each one's, [A]
-    measure: float  # the task's own figure, 0 where it has none
+    measure: float  # the task's own figure, NaN where it has none
 
 
 def play(run: Run, learner: LearnerState) -> list[list[Score]]:
@@ -2520,7 +2526,7 @@ def summary(scores: list[Score]) -> dict[str, Any]:
     """Returns what a seed's episodes came to: means over them, and the team's spread."""
     team = [score.team for score in scores]
     agents = np.stack([score.agents for score in scores])  # [episodes, A]
-    measures = [score.measure for score in scores]
+    measure = float(np.mean([score.measure for score in scores]))
     row = {
         "mean": float(np.mean(team)),
         "std": float(np.std(team)),
@@ -2529,13 +2535,14 @@ def summary(scores: list[Score]) -> dict[str, Any]:
         "agents_mean": float(agents.mean()),
         "agents_max": float(agents.max(axis=1).mean()),
     }
-    if any(measures):
-        row["measure"] = float(np.mean(measures))
+    if not math.isnan(measure):
+        row["measure"] = measure
     return row
 
 
 def evaluate(args: Args) -> int:
     """Runs a run folder's policies, says how they did, and writes it to result.json."""
+    os.environ.setdefault("MUJOCO_GL", "egl")  # before anything imports MuJoCo, for the film
     trained = read_args(args.folder)
     plain = {"mode": "eval", "run_dir": str(args.folder), "platform": "auto", "distributed": False}
     args = tyro.cli(Args, default=trained.model_copy(update=plain), description=__doc__)
@@ -2543,6 +2550,8 @@ def evaluate(args: Args) -> int:
     make_mesh(args)  # sets JAX up
     size = largest_divisor(args.eval_episodes, args.num_envs)
     run = make_run(args.model_copy(update={"num_envs": size, "num_steps": 100}), 1)
+    if args.video and run.env.render is None:
+        raise InputError(f"--video: {args.env_id} has no pictures of itself")
     learner = read_learner(args, run, args.use_best)
     rows = []
     for seed, scores in enumerate(play(run, learner), args.seed):
@@ -2559,7 +2568,8 @@ def evaluate(args: Args) -> int:
         print(line, flush=True)
         rows.append(row)
     path = args.folder / "result.json"
-    result = json.loads(path.read_text()) | {"eval_return": rows}
+    result = json.loads(path.read_text()) if path.exists() else {}
+    result["eval_return"] = rows
     write_atomically(path, json.dumps(result, indent=2).encode())
     if args.video:
         film(args, learner)
@@ -2573,8 +2583,6 @@ def film(args: Args, learner: LearnerState) -> None:
         kwargs = json.loads(args.env_kwargs) | {"render_mode": "rgb_array"}
         one["env_kwargs"] = json.dumps(kwargs)
     run = make_run(args.model_copy(update=one), 1)
-    if run.env.render is None:
-        raise InputError(f"--video: {args.env_id} has no pictures of itself")
     learner = jax.tree.map(lambda x: x[:1], learner)
     runner = first_runner(run)
     frames = []

@@ -369,9 +369,13 @@ def test_protocols_give_other_flags_their_defaults(atari):
 
 BAD = [
     ({"env_id": "Pendulum-v1"}, "is not one choice; for numbers there is ppo_continuous.py"),
-    ({"env_id": "CartPole-v1", "obs": "ram"}, "--obs ram is for EnvPool's Atari"),
+    ({"env_id": "CartPole-v1", "obs": "ram"}, "--obs is for EnvPool's Atari"),
     ({"env_id": "CartPole-v1", "network": "nature"}, "take mlp"),
     ({"env_id": "gymnax/Breakout-MinAtar", "network": "nature"}, "try small"),
+    ({"env_id": "CartPole-v1", "protocol": "machado"}, "--protocol is for EnvPool's Atari"),
+    ({"env_id": "CartPole-v1", "noop_max": 1}, "--noop-max is for EnvPool's Atari"),
+    ({"env_id": "Pong-v5", "obs": "ram", "norm_obs": False}, "--obs ram needs --norm-obs"),
+    ({"norm_adv_once": True}, "add --no-norm-adv"),
     ({"env_id": "scripted:Labels-v0", "frame_stack": 2}, "--frame-stack"),
     ({"env_id": "Brekout-v5"}, "nearest: Breakout-v5"),
 ]
@@ -407,10 +411,13 @@ def pixel_rollout(atari, args):
     network = atari.ActorCritic(spaces.Discrete(6), args)
     shown = atari.TimeStep(obs[0, 0], *[None] * 3)
     learner = atari.init_learner(np.uint32(0), shown, network, args)
+    policy, value = jax.vmap(partial(network.apply, learner.params))(obs[:-1])
     zeros = np.zeros(shape, np.float32)
     transition = atari.Transition(
         obs=obs,
         action=rng.integers(6, size=shape).astype(np.int32),
+        policy=policy,
+        value=value,
         reward=rng.normal(0, 1, shape).astype(np.float32),
         terminated=zeros,
         done=zeros,
@@ -423,37 +430,61 @@ def pixel_rollout(atari, args):
     return network, learner, transition
 
 
+def test_batch_has_what_the_network_said_in_the_rollout(atari):
+    """Which is what it says when asked again, of the last observation as well."""
+    for env_id in ("gymnax/Breakout-MinAtar", "CartPole-v1"):
+        run, runner, learner = begin(atari, env_id, 6, num_minibatches=1)
+        _, rollout = run.act(runner, learner)
+        learner, rollout = jax.tree.map(lambda x: x[0], (learner, rollout))
+        assert rollout.policy.logits.dtype == rollout.value.dtype == np.float32
+        scaled = atari.normalize(rollout.obs, learner.obs_stats, run.args.clip_obs)
+        rollout = rollout._replace(obs=scaled)
+        policy, value = jax.vmap(partial(run.network.apply, learner.params))(scaled)
+        batch = atari.make_batch(learner, rollout, run.network, run.args)
+        close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+        close(batch.policy.logits, policy.logits[:-1].reshape(12, -1))
+        close(batch.value, value[:-1].ravel())
+        _, target = atari.estimate_advantages(learner, rollout, value, run.args)
+        close(batch.target, target.ravel())
+        other = rollout._replace(value=rollout.value + 1)  # nobody asks again
+        again = atari.make_batch(learner, other, run.network, run.args)
+        close(again.value, batch.value + 1)
+
+
 def test_rollouts_are_evaluated_piece_by_piece(atari, monkeypatch):
     """Whatever the number of rows at once, also where it does not divide the rollout."""
-    args = small_pixels(atari, network="ppo1", norm_adv_once=True)
-    network, learner, transition = pixel_rollout(atari, args)
-    found = []
+    network, learner, transition = pixel_rollout(atari, small_pixels(atari, network="ppo1"))
     for rows in (1, 4, 1000):
         monkeypatch.setattr(atari, "ROWS_AT_ONCE", rows)
-        found.append(jax.jit(partial(atari.evaluate_rollout, network=network))(learner, transition))
-    (policy, value), advantage, _ = found[0]
-    assert policy.logits.shape == (5, 2, 6) and value.shape == (5, 2)
-    np.testing.assert_allclose(advantage.mean(axis=0), 0, atol=1e-6)
-    np.testing.assert_allclose(advantage.std(axis=0), 1, rtol=1e-5)
-    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
-    for other in found[1:]:
-        jax.tree.map(close, found[0], other)
+        value = jax.jit(partial(atari.evaluate_rollout, network=network))(learner, transition)
+        assert value.shape == (5, 2)
+        np.testing.assert_allclose(value[:-1], transition.value, rtol=1e-4, atol=1e-5)
 
 
 def test_advantages_normalised_once(atari):
-    """Over each environment's own experience; with a mask, in NumPy."""
-    args = small_pixels(atari, network="ppo1", norm_adv_once=True)
+    """Over each environment's own experience, also where recomputed; with a mask, in NumPy."""
+    args = small_pixels(atari, network="ppo1", norm_adv=False, norm_adv_once=True)
     network, learner, transition = pixel_rollout(atari, args)
     mask = np.float32([[1, 1], [0, 1], [1, 1], [1, 0]])
     transition = transition._replace(mask=mask)
-    _, advantage, target = atari.evaluate_rollout(learner, transition, network)
-    plain = atari.ActorCritic(network.space, args.model_copy(update={"norm_adv_once": False}))
-    _, raw, same = atari.evaluate_rollout(learner, transition, plain)
-    np.testing.assert_allclose(target, same, rtol=1e-6)
+    batch = atari.make_batch(learner, transition, network, args)
+    plain = args.model_copy(update={"norm_adv_once": False})
+    raw = atari.make_batch(learner, transition, network, plain)
+    np.testing.assert_allclose(batch.target, raw.target, rtol=1e-6)
     for n in range(2):
-        known = np.asarray(raw)[mask[:, n] > 0, n]
-        wanted = (np.asarray(raw)[:, n] - known.mean()) / known.std()
-        np.testing.assert_allclose(advantage[:, n], wanted, rtol=1e-4, atol=1e-5)
+        advantage = raw.advantage.reshape(4, 2)[:, n]
+        known = np.asarray(advantage)[mask[:, n] > 0]
+        wanted = (advantage - known.mean()) / known.std()
+        np.testing.assert_allclose(
+            batch.advantage.reshape(4, 2)[:, n], wanted, rtol=1e-4, atol=1e-5
+        )
+    found = []
+    for again in (False, True):
+        settings = {"recompute_advantages": again, "update_epochs": 1}
+        one = args.model_copy(update=settings)
+        learnt, _ = jax.jit(partial(atari.update, network=network, args=one))(learner, transition)
+        found.append(learnt.params)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), *found)
 
 
 def test_update_lowers_for_accelerators(atari):
@@ -624,6 +655,16 @@ MUTANTS = [
         test_advantages_normalised_once,
         "jnp.mean(advantage * weight, axis=0)",
         "jnp.mean(advantage, axis=0)",
+    ),
+    (
+        test_advantages_normalised_once,
+        "estimate_advantages(learner, rollout, value, args)\n        advantage",
+        "compute_gae(rollout, value, 0.99, 0.95)\n        advantage",
+    ),
+    (
+        test_batch_has_what_the_network_said_in_the_rollout,
+        "learner.params, rollout.obs[-1])",
+        "learner.params, rollout.obs[-2])",
     ),
     (
         test_policies_act_on_an_accelerator,

@@ -504,6 +504,48 @@ def test_agent_of_the_readme():
         agent.update_with_memorized()
 
 
+def test_an_episode_goes_on_over_an_agents_updates(cma):
+    """The critic knows how long it has lasted, although the rows that fill up the memory do not."""
+    space = Box(-1, 1, (1,), np.float32)
+    small = {"num_updates": 2, "init_updates": 2, "hidden_sizes": (4,)}
+    agent = cma.Agent(space, space, capacity=9, **small)
+    agent.init()
+    obs = np.zeros(1, np.float32)
+    for ends in ([False] * 3, [False, True, False], [False] * 2):
+        for end in ends:
+            agent.memorize(obs, obs, 0.0, obs, end, False)
+        agent.update_with_memorized()
+    time = agent.learner.opt_state.history.time
+    for i, expected in enumerate(([0, 1, 2], [3, 4, 0], [1, 2])):
+        np.testing.assert_array_equal(time[i, : len(expected)], expected)
+
+
+def test_an_agent_of_a_run_that_was_distributed(cma, tmp_path):
+    """It works alone; a seed that is not the run's is refused."""
+    small = {"num_steps": 40, "batch_size": 8, "num_updates": 2, "init_updates": 2}
+    task = {"env_id": "Pendulum-v1", "hidden_sizes": (4,), "num_envs": 2, "seed": 7}
+    args = cma.Args(run_dir=str(tmp_path), **small, **task)
+    learner = jax.device_get(cma.make_run(args).init())
+    (tmp_path / "checkpoints").mkdir()
+    state = cma.Checkpoint(learner, None, np.zeros(3), 0.0)
+    cma.write_checkpoint(tmp_path / "checkpoints/0000000001.npz", state)
+    given = args.model_copy(update={"distributed": True, "vectorization": "async"})
+    (tmp_path / "args.json").write_text(given.model_dump_json())
+    agent = cma.Agent.from_run(tmp_path, seed=7)
+    obs = np.zeros(3, np.float32)
+    agent.memorize(obs, agent.act(obs), 1.0, obs, True, False)
+    assert agent.update_with_memorized() == 1
+    for seed in (6, 8):
+        with pytest.raises(cma.InputError, match=rf"no seed {seed}, but \[7\]"):
+            cma.Agent.from_run(tmp_path, seed=seed)
+
+
+def test_an_entropy_bonus_that_nothing_reads_is_refused(cma):
+    assert cma.Args(algorithm="pg-pos", ent_coef=0.1).ent_coef == 0.1
+    with pytest.raises(ValueError, match="--ent-coef"):
+        cma.Args(algorithm="ppo-cma", ent_coef=0.1)
+
+
 # --- Mutants: (the test that must turn red, a text of the script, what a slip would make of it) ---
 MUTANTS = [
     (test_distribution, "lower=True, unit_diagonal=True", "lower=True"),
@@ -534,6 +576,11 @@ MUTANTS = [
         "mask=reorder(mask)",
     ),
     (test_decisions_and_their_advantages, "keep_last(before) / repeat", "keep_last(before)"),
+    (
+        test_an_episode_goes_on_over_an_agents_updates,
+        "jnp.where(mask > 0, lengths - 1, earlier)",
+        "earlier",
+    ),
     (
         test_decisions_and_their_advantages,
         "next_value * (1 - terminated)",

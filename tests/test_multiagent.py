@@ -117,6 +117,7 @@ def test_rollouts_have_an_axis_of_agents(team):
     np.testing.assert_array_equal(t.terminated[step == 3][:, :, 0], below)
     assert 0 < below.mean() < 1
     np.testing.assert_array_equal(t.done[(step == 0) | (step == 4)], 0)
+    assert team.agent_metrics(t)["agents/episodic_measure"] == 1
 
 
 def test_team_reward(team):
@@ -148,7 +149,18 @@ def test_summary_of_episodes(team):
     found = team.summary([team.Score(3.0, own[0], 0.25), team.Score(11.0, own[1], 0.75)])
     of_agents = {"agents": [2, 2, 3], "agents_mean": 7 / 3, "agents_max": 6}
     assert found == {"mean": 7, "std": 4, "episodes": 2, **of_agents, "measure": 0.5}
-    assert "measure" not in team.summary([team.Score(3.0, own[0], 0.0)])
+    assert team.summary([team.Score(3.0, own[0], 0.0)])["measure"] == 0
+    assert "measure" not in team.summary([team.Score(3.0, own[0], np.nan)])
+
+
+def test_spread_is_that_of_experience(team):
+    """Rows with mask 0 do not count."""
+    mask = np.array([[1.0], [0.0]])
+    logits = np.log([[[[0.7, 0.3]]], [[[0.9, 0.1]]]])
+    found = team.spread(team.Categorical(logits), mask)
+    np.testing.assert_allclose(found["policy/most_likely"], 0.7, rtol=1e-6)
+    numbers = team.Gaussian(np.zeros((2, 1, 1)), np.log([[[2.0]], [[8.0]]]))
+    np.testing.assert_allclose(team.spread(numbers, mask)["policy/std"], 2, rtol=1e-6)
 
 
 class Known:
@@ -289,6 +301,9 @@ def test_tuples_of_agents_are_joined(team):
     highest = t.action[..., 0] == [1, 2]
     np.testing.assert_array_equal(t.reward, highest * t.mask)
     assert run.env.action_space == spaces.MultiDiscrete([[2], [3]])
+    metrics = team.agent_metrics(t)
+    assert metrics["agents/episodic_return_mean"] > 0
+    assert np.isnan(metrics["agents/episodic_measure"])  # there is none
 
 
 def test_a_constructor_keeps_its_own_step_limit(team):
@@ -330,8 +345,12 @@ def test_scenarios(team):
     assert sizes["shelf_rows"] == 2 and sizes["request_queue_size"] == 8
     assert team.foraging("15x15-4p-3f")["fov"] == 15
     assert not team.foraging("15x15-4p-3f")["force_coop"]
-    with pytest.raises(team.InputError, match="--scenario huge"):
-        team.make_env(team.Args(scenario="huge"), [1])
+    for name in ("huge", "8x8-2p-2f-cop", "8x10-2p-2f", "8x8-2p-2f-coop-easy"):
+        with pytest.raises(team.InputError, match=f"--scenario {name}"):
+            team.make_env(team.Args(scenario=name), [1])
+    for name in ("vast-2ag", "tiny-2ag-simple", "tiny-2ag-easy-hard"):
+        with pytest.raises((KeyError, ValueError)):
+            team.robot_warehouse(name)
 
 
 def test_an_iteration_lowers_for_accelerators(team):
@@ -357,7 +376,12 @@ def test_a_team_learns_resumes_and_plays(tmp_path, team):
         assert done.returncode == 0, done.stderr
     best = 2 * 10 + 4 * 101
     assert result(tmp_path / "a")["episodic_return"][0] > 0.95 * best
-    done = run([*line[:2], "--mode", "eval", "--run-dir", "a", "--deterministic"])
+    (tmp_path / "a/result.json").unlink()
+    line = [*line[:2], "--mode", "eval", "--run-dir", "a", "--deterministic"]
+    done = run([*line, "--video"])
+    assert done.returncode == 2 and "no pictures" in done.stderr
+    assert not done.stdout  # before it plays
+    done = run(line)
     assert done.returncode == 0, done.stderr
     row = result(tmp_path / "a")["eval_return"][0]
     np.testing.assert_allclose(row["mean"], best)
@@ -386,6 +410,8 @@ def test_a_team_learns_resumes_and_plays(tmp_path, team):
         ({"env_id": "Pong-v5"}, r"of one agent: see ppo_continuous\.py"),
         ({"env_id": "gymnax/CartPole-v1"}, r"of one agent: see ppo_continuous\.py"),
         ({"env_id": TEAM, "scenario": "3m"}, "--scenario is jumanji's and jaxmarl's"),
+        ({"env_id": "scripted:Pair-v0", "scenario": "3m"}, "--scenario is jumanji's"),
+        ({"env_id": "pettingzoo/none", "scenario": "3m"}, "--scenario is jumanji's"),
     ],
 )
 def test_wrong_teams_end_in_one_line(team, settings, said):
@@ -402,8 +428,8 @@ MUTANTS = [
     ),
     (
         test_rollouts_have_an_axis_of_agents,
-        "    terminated = acted & ~alive & ~truncated\n",
-        "",
+        "terminated = acted & ~alive & ~truncated",
+        "terminated = said_terminated",
     ),
     (
         test_rollouts_have_an_axis_of_agents,
@@ -419,6 +445,7 @@ MUTANTS = [
     (test_team_reward, "(runner.own_return + new.reward)", "(runner.own_return + reward)"),
     (test_huber_loss_of_values, "0.5 * jnp.square(error)", "jnp.square(error)"),
     (test_huber_loss_of_values, "delta=args.huber_delta", "delta=1"),
+    (test_spread_is_that_of_experience, "masked_mean(most_likely, mask)", "most_likely"),
     (test_summary_of_episodes, "agents.max(axis=1).mean()", "agents.mean(axis=0).max()"),
     (
         test_tuples_of_agents_are_joined,

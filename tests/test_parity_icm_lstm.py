@@ -59,7 +59,7 @@ def recurrent(icm, space, arrays, **settings):
     network = icm.ActorCritic(space, args)
     learner = new_learner(icm, 5, network, args)
     params = tree(arrays, "p0")
-    opt_state = icm.make_optimizer(args).init(params)
+    opt_state = icm.Learning(adam=icm.make_optimizer(args).init(params), curiosity=None)
     return network, to_double(learner._replace(params=params, opt_state=opt_state)), args
 
 
@@ -166,11 +166,11 @@ def test_a_step_of_curiosity(icm, name):
         network = icm.ActorCritic(space, args)
         learner = new_learner(icm, 4, network, args)
         params = tree(x, "p0")
-        curiosity = learner.curiosity._replace(
+        curiosity = learner.opt_state.curiosity._replace(
             params=params,
             opt_state=icm.make_optimizer(args).init(params),
         )
-        learner = to_double(learner._replace(curiosity=curiosity))
+        learner = to_double(learner._replace(opt_state=icm.Learning(None, curiosity)))
         zero = np.zeros((6, 4))
         fields = dict.fromkeys(icm.Transition._fields[2:-1], zero)
         rollout = icm.Transition(
@@ -178,7 +178,7 @@ def test_a_step_of_curiosity(icm, name):
         )
         close(icm.intrinsic_rewards(learner, rollout, network, args), x["raw"])
         new, paid, _ = icm.reward_curiosity(learner, rollout, network, args)
-        close(new.curiosity.stats.var, x["stats_var"])
+        close(new.opt_state.curiosity.stats.var, x["stats_var"])
         close(paid.reward, x["norm_reward"])
 
         batch = icm.make_batch(learner, rollout, network, args)
@@ -190,5 +190,5 @@ def test_a_step_of_curiosity(icm, name):
         close(metrics["icm/inverse_loss"], x["inv"])
         close(optax.tree.norm(grads), x["gnorm"])
         assert_trees_close(grads, tree(x, "g"))
-        stepped, _ = icm.curiosity_step(learner.curiosity, batch, network, args)
+        stepped, _ = icm.curiosity_step(learner.opt_state.curiosity, batch, network, args)
         assert_trees_close(stepped.params, tree(x, "p1"))

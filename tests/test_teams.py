@@ -441,6 +441,26 @@ def test_one_agent_is_refused():
         make_env(Args(env_id="CartPole-v1"), [0])
 
 
+# --- A loaded policy ---
+def test_a_loaded_policy_takes_agents_without_an_observation_as_gone(tmp_path):
+    """The others' actions stay what they are; an observation of nobody is refused."""
+    script = {"observations": [BOX, BOX], "actions": [spaces.Discrete(9)] * 2, "kinds": ["end"]}
+    SCRIPT.clear()
+    SCRIPT.update(script)
+    args = Args(env_id="pettingzoo/test_teams", num_envs=2, num_steps=4, run_dir=str(tmp_path))
+    (tmp_path / "args.json").write_text(args.model_dump_json())
+    state = teams.Checkpoint(teams.make_run(args).init(), None, np.zeros(3), 0.0)
+    teams.write_checkpoint(tmp_path / "checkpoints/0000000001.npz", state)
+    policy = teams.load(tmp_path)
+    obs = {"agent_0": np.float32([0.3, -0.2]), "agent_1": np.float32([-0.9, 0.4])}
+    both = policy(obs)
+    assert policy({"agent_1": obs["agent_1"]})["agent_1"] == both["agent_1"]
+    one_gone, none_gone = policy([{"agent_0": obs["agent_0"]}, obs])
+    assert one_gone["agent_0"] == both["agent_0"] and none_gone == both
+    with pytest.raises(InputError, match="for none of"):
+        policy({"agent": obs["agent_0"]})
+
+
 # --- In JAX ---
 class Duty(NamedTuple):
     time: jax.Array
@@ -720,3 +740,9 @@ def test_a_battle_won_at_the_time_limit_is_won():
     assert seen.terminated.all() and seen.measure == 1 and 2 < won < 100
     again, seen = first_end(won - 1)  # its last step is the one after max_steps
     assert again == won and seen.terminated.all() and not seen.truncated.any()
+
+
+def test_a_clock_that_is_not_known_is_said(capfd):
+    pytest.importorskip("jaxmarl")
+    make_env(Args(env_id="jaxmarl/coin_game"), [0])
+    assert "CoinGame has no max_steps" in capfd.readouterr().err
