@@ -720,7 +720,7 @@ def epoch_step(
     learner = epochs.learner
     if args.recompute_advantages:
         value = evaluate_rollout(learner, rollout, network)
-        estimated = estimate_advantages(learner, rollout, value, args)
+        estimated = rollout_advantages(learner, rollout, value, args)
         advantage, target = gather_envs(estimated, args)
         batch = batch._replace(advantage=advantage.ravel(), target=target.ravel())
 
@@ -751,7 +751,7 @@ def evaluate_rollout(learner: LearnerState, rollout: Transition, network: nn.Mod
     return value
 
 
-def estimate_advantages(
+def rollout_advantages(
     learner: LearnerState, rollout: Transition, value: Array, args: Args
 ) -> tuple[Array, Array]:
     """Returns advantages and targets, [T, N], from a critic's values [T + 1, N]."""
@@ -771,7 +771,7 @@ def make_batch(learner: LearnerState, rollout: Transition, network: nn.Module, a
     """
     _, last_value = network.apply(learner.params, rollout.obs[-1])
     value = jnp.concatenate([rollout.value, last_value[None]])
-    advantage, target = estimate_advantages(learner, rollout, value, args)
+    advantage, target = rollout_advantages(learner, rollout, value, args)
     batch = Batch(
         obs=rollout.obs[:-1],
         action=rollout.action,

@@ -444,7 +444,7 @@ def test_batch_has_what_the_network_said_in_the_rollout(atari):
         close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
         close(batch.policy.logits, policy.logits[:-1].reshape(12, -1))
         close(batch.value, value[:-1].ravel())
-        _, target = atari.estimate_advantages(learner, rollout, value, run.args)
+        _, target = atari.rollout_advantages(learner, rollout, value, run.args)
         close(batch.target, target.ravel())
         other = rollout._replace(value=rollout.value + 1)  # nobody asks again
         again = atari.make_batch(learner, other, run.network, run.args)
@@ -658,7 +658,7 @@ MUTANTS = [
     ),
     (
         test_advantages_normalised_once,
-        "estimate_advantages(learner, rollout, value, args)\n        advantage",
+        "rollout_advantages(learner, rollout, value, args)\n        advantage",
         "compute_gae(rollout, value, 0.99, 0.95)\n        advantage",
     ),
     (
