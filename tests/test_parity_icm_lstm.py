@@ -176,19 +176,24 @@ def test_a_step_of_curiosity(icm, name):
         rollout = icm.Transition(
             **fields | {"obs": {"obs": x["obs"]}, "action": x["act"], "mask": x["mk"]}
         )
-        close(icm.intrinsic_rewards(learner, rollout, network, args), x["raw"])
-        new, paid, _ = icm.reward_curiosity(learner, rollout, network, args)
+
+        def compiled(function):
+            return jax.jit(partial(function, network=network, args=args))
+
+        close(compiled(icm.intrinsic_rewards)(learner, rollout), x["raw"])
+        new, paid, _ = compiled(icm.reward_curiosity)(learner, rollout)
         close(new.opt_state.curiosity.stats.var, x["stats_var"])
         close(paid.reward, x["norm_reward"])
 
-        batch = icm.make_batch(learner, rollout, network, args)
+        batch = compiled(icm.make_batch)(learner, rollout)
         batch = batch._replace(mask=batch.mask / batch.mask.mean())
-        gradient = jax.value_and_grad(icm.icm_loss, has_aux=True)
-        (loss, metrics), grads = gradient(params, batch, network, args)
+        icm_loss = partial(icm.icm_loss, network=network, args=args)
+        gradient = jax.jit(jax.value_and_grad(icm_loss, has_aux=True))
+        (loss, metrics), grads = gradient(params, batch)
         close(loss, x["loss"])
         close(metrics["icm/forward_loss"], x["fwd"])
         close(metrics["icm/inverse_loss"], x["inv"])
         close(optax.tree.norm(grads), x["gnorm"])
         assert_trees_close(grads, tree(x, "g"))
-        stepped, _ = icm.curiosity_step(learner.opt_state.curiosity, batch, network, args)
+        stepped, _ = compiled(icm.curiosity_step)(learner.opt_state.curiosity, batch)
         assert_trees_close(stepped.params, tree(x, "p1"))
