@@ -106,8 +106,9 @@ def check_gradient(icm, x, learner, batch, network, args):
         real = advantage[batch.mask > 0]
         advantage = (advantage - real.mean()) / (real.std() + 1e-8)
     batch = batch._replace(mask=mask, advantage=advantage)
-    gradient = jax.value_and_grad(icm.ppo_loss, has_aux=True)
-    (loss, _), grads = gradient(learner.params, batch, learner.schedule, network, args)
+    ppo_loss = partial(icm.ppo_loss, network=network, args=args)
+    gradient = jax.jit(jax.value_and_grad(ppo_loss, has_aux=True))
+    (loss, _), grads = gradient(learner.params, batch, learner.schedule)
     close(loss, x["loss"])
     close(optax.tree.norm(grads), x["norm"])
     assert_trees_close(grads, tree(x, "g"))
@@ -134,8 +135,9 @@ def test_pieces_of_a_rollout(icm, length):
             discounted_return=zero,
             memory=(x["mem_h"][None], x["mem_c"][None]),
         )
-        batch = icm.make_batch(learner, rollout, network, args)
-        policy, value = network.apply(learner.params, batch.obs)
+        make_batch = jax.jit(partial(icm.make_batch, network=network, args=args))
+        batch = make_batch(learner, rollout)
+        policy, value = jax.jit(network.apply)(learner.params, batch.obs)
         found = {
             "h": batch.obs.memory[0],
             "c": batch.obs.memory[1],
