@@ -36,6 +36,12 @@ Differs from the papers and from most public code:
 4. The next observation that curiosity is about is the true one, never the next episode's first.
 5. Running statistics rest during a rollout; old values and log-probabilities are computed after
    it, in one batch.
+6. --norm-adv divides by the population's standard deviation (code in torch: the sample's).
+7. --clip-vloss takes the larger error, as baselines does (Stable-Baselines3: the clipped one).
+8. The value loss reaches through the memory, which it shares with the policy (sb3-contrib's, where
+   they share one, stops there).
+9. The curiosity's gradient is bounded by --max-grad-norm as well, on its own. Its inverse model
+   predicts numbers with half the squared error.
 """
 
 import difflib
@@ -44,7 +50,7 @@ import importlib
 import io
 import json
 import math
-import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import sys
@@ -131,8 +137,8 @@ class Args(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings"):
     reward_range: Range | None = None  # least and largest reward for learning, after scaling
     reward_range_end: Range | None = None  # the same at the run's end, reached linearly
     bootstrap: Literal["value", "fixed", "dynamic"] = "value"
-    """what stands for the future behind a cut: the value; that within bootstrap_range; or within
-    the range of rewards seen so far"""
+    """what stands for the future behind a cut in value targets: the value; that within
+    bootstrap_range; or within the range of rewards seen so far"""
     bootstrap_range: Range = (-10.0, 10.0)  # bounds of --bootstrap fixed
     scale_actions: bool = True  # map actions in [-1, 1] to the environment's bounds, if any
     squash_actions: bool = False  # tanh of actions before that
@@ -1243,9 +1249,10 @@ def estimate_advantages(
     stats = learner.value_stats
     if args.norm_value:
         value = value * jnp.sqrt(stats.var + 1e-8) + stats.mean
-    if args.bootstrap != "value":
-        value = clip_bootstrap(value, rollout, learner, args)
     advantage, target = compute_gae(rollout, value, schedule.gamma, schedule.gae_lambda)
+    if args.bootstrap != "value":
+        bounded = clip_bootstrap(value, rollout, learner, args)
+        _, target = compute_gae(rollout, bounded, schedule.gamma, schedule.gae_lambda)
     if args.norm_value:
         target = (target - stats.mean) / jnp.sqrt(stats.var + 1e-8)
     return advantage, target
@@ -1500,7 +1507,8 @@ def update(
         "bad/4 a running statistic": (obs_stats, return_stats, learner.value_stats),
         "bad/5 a parameter of the network": (learner.params, learner.opt_state),
     }
-    metrics |= {name: ~all_finite(tree) for name, tree in must_be_finite.items()}
+    for name, tree in must_be_finite.items():
+        metrics[name] = jnp.where(all_finite(tree), 0, learner.iteration)
     learner, episode_metrics = count_episodes(learner, rollout)
     return learner, metrics | episode_metrics | rollout_samples(rollout)
 
@@ -1642,6 +1650,22 @@ def named_parts(obs: Any, space: Any, name: str = "") -> dict[str, tuple[Any, sp
     return found
 
 
+def as_image(obs: Any, space: spaces.Box | spaces.MultiBinary) -> Array:
+    """Returns images of bytes as they are, others as float32, in [0, 1] if their bounds exceed 1.
+
+    Raises: InputError where images at hand are beyond their space.
+    """
+    low = float(np.min(getattr(space, "low", 0)))
+    high = float(np.max(getattr(space, "high", 1)))
+    if isinstance(obs, np.ndarray) and obs.max() > high:
+        raise InputError(f"an image has numbers up to {obs.max():g}, and its space is {space}")
+    image = jnp.asarray(obs)
+    if image.dtype == jnp.uint8:
+        return image
+    image = image.astype(jnp.float32)
+    return (image - low) / (high - low) if low > -1e30 and 1 < high < 1e30 else image
+
+
 def observation_parts(obs: Any, space: spaces.Space | dict, args: Args) -> dict[str, Array]:
     """Returns {name: part} of observations of a space, with any leading axes.
 
@@ -1653,7 +1677,7 @@ def observation_parts(obs: Any, space: spaces.Space | dict, args: Args) -> dict[
         if name == "action_mask":
             found[name] = flat(x, part) > 0
         elif image_network(part.shape, part.dtype, args) != "flat":
-            found[name] = jnp.asarray(x, None if x.dtype == jnp.uint8 else jnp.float32)
+            found[name] = as_image(x, part)
         else:
             found[name] = flat(x, part)
     ranges = [name for name in args.split_obs if ":" in name]
@@ -1738,9 +1762,16 @@ class PlainStep(gymnasium.Wrapper):
     But for `info["non-terminal done"]`, PPO-and-friends' key, which makes an end a truncation.
     """
 
+    def __init__(self, env: gymnasium.Env, trainer: int) -> None:
+        super().__init__(env)
+        if os.getpid() != trainer:  # which alone heeds signals
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
     def reset(self, **options: Any) -> tuple[Any, dict]:
-        obs, _ = self.env.reset(**options)
-        return obs, {}
+        obs, info = self.env.reset(**options)
+        others = "action_mask" in info or self.env.has_wrapper_attr("augment_observation")
+        return obs, {"others": others}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
         obs, reward, terminated, truncated, info = self.env.step(action)
@@ -1788,12 +1819,16 @@ class ObservationCopies(gymnasium.ObservationWrapper):
 
     def __init__(self, env: gymnasium.Env) -> None:
         super().__init__(env)
-        self.augment = partial(jax.tree.map, lambda x: np.asarray(x)[None])
+        self.single_space = env.observation_space
+        self.augment = self.alone
         if env.has_wrapper_attr("augment_observation"):
             self.augment = env.get_wrapper_attr("augment_observation")
-        self.single_space = env.observation_space
         self.copies = len(jax.tree.leaves(self.augment(self.single_space.sample()))[0])
         self.observation_space = gymnasium.vector.utils.batch_space(self.single_space, self.copies)
+
+    def alone(self, obs: Any) -> Any:
+        batch = gymnasium.vector.utils.create_empty_array(self.single_space, 1)
+        return gymnasium.vector.utils.concatenate(self.single_space, [obs], batch)
 
     def observation(self, obs: Any) -> Any:
         copies = self.augment(obs)
@@ -1804,17 +1839,30 @@ class ObservationCopies(gymnasium.ObservationWrapper):
         return copies
 
 
+@contextmanager
+def deaths_named(vector: gymnasium.vector.VectorEnv) -> Iterator[None]:
+    """In this block, RuntimeError says with which exit codes processes of environments died."""
+    try:
+        yield
+    except (EOFError, ConnectionError) as error:
+        workers = getattr(vector, "processes", [])
+        multiprocessing.connection.wait([x.sentinel for x in workers], timeout=5)
+        codes = {i: x.exitcode for i, x in enumerate(workers) if x.exitcode is not None}
+        raise RuntimeError(f"environments' processes died, with exit codes {codes}") from error
+
+
 def make_gymnasium(args: Args, env_seeds: list[int]) -> Environment:
     """Returns Gymnasium's environments, on the host, called in order from the compiled rollout."""
     size = len(env_seeds)
-    # In shared memory, floats of an image that is said to be of bytes become zeros, silently
-    fork = {"context": "fork", "shared_memory": False}
+    # A fork of this process could not use JAX itself. In shared memory, floats of an image that
+    # is said to be of bytes become zeros, silently
+    clean = {"context": "forkserver", "shared_memory": False}
     vector = gymnasium.make_vec(
         args.env_id,
         num_envs=size,
         vectorization_mode=args.vectorization,
-        vector_kwargs=fork if args.vectorization == "async" else {},
-        wrappers=[MaskInObservation, PlainStep, ObservationCopies],
+        vector_kwargs=clean if args.vectorization == "async" else {},
+        wrappers=[MaskInObservation, partial(PlainStep, trainer=os.getpid()), ObservationCopies],
         **json.loads(args.env_kwargs),
     )
     (space, *_) = vector.get_attr("single_space")
@@ -1825,7 +1873,8 @@ def make_gymnasium(args: Args, env_seeds: list[int]) -> Environment:
         action = np.asarray(action).astype(actions.dtype)
         if isinstance(actions, spaces.Box):
             action = np.clip(action, actions.low, actions.high)
-        obs, reward, terminated, truncated, _ = vector.step(action)
+        with deaths_named(vector):
+            obs, reward, terminated, truncated, _ = vector.step(action)
         return jax.tree.map(as_number, obs), np.float32(reward), terminated, truncated
 
     def step(env_state: tuple, action: Array) -> tuple[tuple, TimeStep]:
@@ -1834,7 +1883,8 @@ def make_gymnasium(args: Args, env_seeds: list[int]) -> Environment:
         return env_state, split_seeds(observation_parts(obs, space, args), *rest, args)
 
     def host_reset(seeds: list[int] | None = None) -> tuple:
-        obs, _ = vector.reset(seed=seeds)
+        with deaths_named(vector):
+            obs, _ = vector.reset(seed=seeds)
         no = np.zeros(size, bool)
         return jax.tree.map(as_number, obs), np.zeros(size, np.float32), no, no
 
@@ -2183,14 +2233,20 @@ def make_mesh(args: Args) -> Mesh:
         platforms = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
         jax.config.update("jax_platforms", platforms[args.platform])
     if args.distributed:
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            raise InputError(f"--distributed: start it with mpirun or srun ({error})") from error
         processes = jax.process_count()
         if args.num_envs % processes or args.minibatch_size % processes:
             raise InputError(f"{processes} processes do not divide --num-envs and minibatches")
         devices = np.reshape(jax.devices(), (processes, -1))
         return Mesh(devices[:, :1], ("process", "seed"))
     jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
-    devices = jax.devices()
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:
+        raise InputError(f"--platform {args.platform}: {error}") from error
     rows = ROWS_PER_CORE if devices[0].platform == "cpu" else ROWS_PER_ACCELERATOR
     seeds = largest_divisor(args.num_seeds, len(devices))
     idle = min(len(devices) // seeds, args.minibatch_size // rows)
@@ -2292,10 +2348,11 @@ def update_seeds(
 
 
 def make_advance(run: Run, mesh: Mesh) -> Callable:
-    """Returns (learner, runner, count) to these after `count` iterations, metrics, and flags.
+    """Returns (learner, runner, count) to these after `count` iterations, and metrics.
 
-    Learners and metrics, the last iteration's, are on the mesh, and so are runners of environments
-    in JAX. Others are on the host, as are their rollouts. Flags are of all iterations.
+    Learners and metrics are on the mesh, and so are runners of environments in JAX, whose
+    iterations are compiled as one loop. Others are on the host, as are their rollouts. Metrics are
+    the last iteration's, but for flags: the number of the first one in which they were up, or 0.
     """
     # From here on it says whether devices share rows, processes or cores of this one
     args = run.args.model_copy(update={"distributed": mesh.shape["process"] > 1})
@@ -2315,27 +2372,40 @@ def make_advance(run: Run, mesh: Mesh) -> Callable:
         runner, transition = run.act(runner, learner)
         return runner, multihost_utils.host_local_array_to_global_array(transition, mesh, ROLLOUT)
 
-    act = on_mesh(act_on_mesh, in_specs=(BY_ENV, BY_SEED), out_specs=(BY_ENV, ROLLOUT))
-    act = jax.jit(act, donate_argnums=0) if args.native else act_on_host
+    act_on_mesh = on_mesh(act_on_mesh, in_specs=(BY_ENV, BY_SEED), out_specs=(BY_ENV, ROLLOUT))
+    act = act_on_mesh if args.native else act_on_host
+
+    def iterate(learner: LearnerState, runner: RunnerState, before: dict) -> tuple:
+        runner, transition = act(runner, learner)
+        learner, metrics = learn(learner, transition)
+        for name in before:
+            if name.startswith("bad/"):
+                metrics[name] = jnp.where(before[name] > 0, before[name], metrics[name])
+        return learner, runner, metrics
 
     def advance(learner: LearnerState, runner: RunnerState, count: int) -> tuple:
-        bad = []
+        metrics = {}
         for _ in range(count):
-            runner, transition = act(runner, learner)
-            learner, metrics = learn(learner, transition)
-            flags = [name for name in sorted(metrics) if name.startswith("bad/")]
-            bad.append({name: metrics.pop(name) for name in flags})
-        return learner, runner, metrics, bad
+            learner, runner, metrics = iterate(learner, runner, metrics)
+        return learner, runner, metrics
 
-    return advance
+    def advance_native(learner: LearnerState, runner: RunnerState, count: int) -> tuple:
+        _, _, metrics = jax.eval_shape(iterate, learner, runner, {})
+        metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics)
+        state = learner, runner, metrics
+        return jax.lax.fori_loop(0, count, lambda _, state: iterate(*state), state)
+
+    return jax.jit(advance_native, donate_argnums=(0, 1)) if args.native else advance
 
 
-def require_finite(bad: list[dict[str, Array]], iteration: int) -> None:
-    """Raises FloatingPointError at the first flag that is up, of iterations after this one."""
-    for number, flags in enumerate(jax.device_get(bad), iteration + 1):
-        for name, up in flags.items():
-            if up.any():
-                raise FloatingPointError(f"iteration {number}: {name[6:]} is not finite")
+def require_finite(metrics: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns metrics without flags. Raises: FloatingPointError at the first flag that was up."""
+    flags = {name: x for name, x in metrics.items() if name.startswith("bad/")}
+    up = [(number, name[6:]) for name, x in sorted(flags.items()) for number in x if number]
+    if up:
+        number, name = min(up, key=lambda x: x[0])
+        raise FloatingPointError(f"iteration {number}: {name} is not finite")
+    return {name: x for name, x in metrics.items() if name not in flags}
 
 
 def catch_signals() -> list[int]:
@@ -2394,9 +2464,8 @@ def train(args: Args) -> int:
     with progress_bar(args, iteration, chief) as bar:
         while iteration < args.num_iterations and not stop:
             count = min(args.log_interval, args.num_iterations - iteration)
-            learner, runner, metrics, bad = advance(learner, runner, count)
-            require_finite(bad, iteration)
-            metrics = jax.device_get(metrics)
+            learner, runner, metrics = advance(learner, runner, count)
+            metrics = require_finite(jax.device_get(metrics))
             now = time.perf_counter()
             steps = args.num_seeds * count * args.rollout_size
             spent = [0, now - before, steps] if iteration > first else [now - before, 0, 0]
@@ -2406,6 +2475,8 @@ def train(args: Args) -> int:
             iteration += count
             log(writers, metrics, iteration, args)
             mean_return = metrics["charts/episodic_return_100"].mean()
+            if np.isnan(mean_return) and 0 <= iteration - first - 20 < count:
+                note("no episode has ended in 20 rollouts: returns are unknown")
             bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
             bar.update(count * args.rollout_size)
 

@@ -30,11 +30,16 @@ Differs from the papers and from most public code:
 1. Time limits are not ends: a truncated step bootstraps from the value of its true last
    observation, seen with the memory that belongs to it.
 2. The step on which an environment resets itself has mask 0 and trains nothing; so have all steps
-   of an agent that is dead, whose episode ends where it dies.
+   of an agent that is dead.
 3. Returns are the team's, over all agents; each agent's own, the best agent's and the task's own
    figure (food eaten, battles won) are beside them, under agents/ and in evaluations.
 4. Running statistics rest during a rollout; old values and log-probabilities are computed after
    it, in one batch. Observations are normalised, an agent's one-hot index is not.
+5. Policies and critics have one Adam and one gradient bound together, values are normalised by
+   the statistics of all targets so far, and advantages in each minibatch (MAPPO's code: one each,
+   a moving average, over the rollout).
+6. --norm-adv divides by the population's standard deviation (code in torch: the sample's).
+7. --clip-vloss takes the larger error, as MAPPO's code does (Stable-Baselines3: the clipped one).
 """
 
 import difflib
@@ -43,7 +48,7 @@ import importlib
 import io
 import json
 import math
-import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import signal
@@ -153,6 +158,9 @@ class Args(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings"):
     agent_types: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """each agent's, such as 0 0 0 1: types have networks of their own; by default all share one
     pair, which is told which agent it is"""
+    death: Literal["continues", "ends"] = "continues"
+    """of an agent before its team's end: the dead train nothing, but the team's later rewards count
+    in what the living will have earned; or it is the end of the agent's own episode"""
     team_reward: bool = False  # every agent learns from the team's reward, not from its own
     # Memory
     recurrence: Literal["none", "lstm", "gru"] = "none"  # memory between observations and heads
@@ -248,7 +256,7 @@ class Transition(NamedTuple):  # one step; a rollout stacks T of them: [T, N, A,
     obs: Views  # raw; of a rollout [T + 1, N, A, ...]: obs[t + 1] is the true next observation
     action: Array  # [U], as sampled, before the environment's bounds
     reward: Array  # raw
-    terminated: Array  # 1: no value beyond this step; also where the agent dies
+    terminated: Array  # 1: no value beyond this step
     done: Array  # 1: terminated or truncated
     mask: Array  # 0: the environment reset itself on this step, or the agent is dead
     discounted_return: Array  # of raw rewards, so far: what scales rewards
@@ -944,7 +952,8 @@ def update(
         "bad/4 a running statistic": (stats, learner.value_stats),
         "bad/5 a parameter of the network": (learner.params, learner.opt_state),
     }
-    metrics |= {name: ~all_finite(tree) for name, tree in must_be_finite.items()}
+    for name, tree in must_be_finite.items():
+        metrics[name] = jnp.where(all_finite(tree), 0, learner.iteration)
     of_team = rollout._replace(done=rollout.ended, mask=jnp.ones_like(rollout.ended))
     learner, episode_metrics = count_episodes(learner, of_team)
     metrics |= episode_metrics | agent_metrics(rollout)
@@ -1378,8 +1387,14 @@ class HostTeam(gymnasium.Wrapper):
     reads "alive", "state", "measure" and "action_mask", which may also be in agents' own infos.
     """
 
-    def __init__(self, env: gymnasium.Env) -> None:
+    def __init__(self, env: gymnasium.Env, trainer: int) -> None:
         super().__init__(env)
+        if os.getpid() != trainer:  # which alone heeds signals
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            sys.modules["__main__"].InputError = InputError  # by this name it can be sent there
+        if env.has_wrapper_attr("augment_observation"):
+            raise InputError("augment_observation is ppo_icm_lstm.py's")
         space = env.action_space
         if not isinstance(space, spaces.Tuple | spaces.Dict):
             raise InputError(f"{space} is {OF_ONE_AGENT}")
@@ -1412,23 +1427,36 @@ class HostTeam(gymnasium.Wrapper):
         return {name: np.asarray(x, np.float32) for name, x in time_step._asdict().items()}
 
 
-def open_host(env_id: str, kwargs: dict) -> HostTeam:
+@contextmanager
+def deaths_named(vector: gymnasium.vector.VectorEnv) -> Iterator[None]:
+    """In this block, RuntimeError says with which exit codes processes of environments died."""
+    try:
+        yield
+    except (EOFError, ConnectionError) as error:
+        workers = getattr(vector, "processes", [])
+        multiprocessing.connection.wait([x.sentinel for x in workers], timeout=5)
+        codes = {i: x.exitcode for i, x in enumerate(workers) if x.exitcode is not None}
+        raise RuntimeError(f"environments' processes died, with exit codes {codes}") from error
+
+
+def open_host(env_id: str, kwargs: dict, trainer: int) -> HostTeam:
     """Returns PettingZoo's module of an id pettingzoo/module, or Gymnasium's environment."""
     library, _, module = env_id.partition("/")
     if library == "pettingzoo":
-        return HostTeam(Parallel(module, **kwargs))
-    return HostTeam(gymnasium.make(env_id, disable_env_checker=True, **kwargs))
+        return HostTeam(Parallel(module, **kwargs), trainer)
+    return HostTeam(gymnasium.make(env_id, disable_env_checker=True, **kwargs), trainer)
 
 
 def make_host(args: Args, env_seeds: list[int]) -> Environment:
     """Returns teams on the host, called in order from the compiled rollout."""
     size = len(env_seeds)
-    make = partial(open_host, args.env_id, json.loads(args.env_kwargs))
+    make = partial(open_host, args.env_id, json.loads(args.env_kwargs), os.getpid())
     probe = make()  # in this process, for its errors
     team = probe.team
     probe.close()
     if args.vectorization == "async":
-        vector = gymnasium.vector.AsyncVectorEnv([make] * size, context="fork")
+        # A fork of this process could not use JAX itself
+        vector = gymnasium.vector.AsyncVectorEnv([make] * size, context="forkserver")
     else:
         vector = gymnasium.vector.SyncVectorEnv([make] * size)
 
@@ -1439,13 +1467,15 @@ def make_host(args: Args, env_seeds: list[int]) -> Environment:
         return TimeStep(**shown | {name: shown[name] > 0 for name in boolean})
 
     def host_step(action: Array) -> TimeStep:
-        shown, _, _, _, _ = vector.step(np.asarray(action).reshape(size, *team.action_space.shape))
+        with deaths_named(vector):
+            shown, *_ = vector.step(np.asarray(action).reshape(size, *team.action_space.shape))
         return by_seed(shown)
 
     def step(env_state: tuple, action: Array) -> tuple[tuple, TimeStep]:
         return env_state, io_callback(host_step, shapes, action, ordered=True)
 
-    shown, _ = vector.reset(seed=env_seeds)
+    with deaths_named(vector):
+        shown, _ = vector.reset(seed=env_seeds)
     first = by_seed(shown)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), first)
     return Environment(
@@ -1862,6 +1892,12 @@ def env_step(
     reward = new.reward
     if args.team_reward:
         reward = jnp.broadcast_to(new.score[..., None], reward.shape)
+    ended = goes_on & ~jnp.any(new.alive, axis=-1)
+    terminated, truncated = new.terminated, new.truncated
+    if args.death == "continues":  # the team's end is everybody's, cut off if it is for somebody
+        cut = jnp.any(truncated, axis=-1)
+        terminated = jnp.broadcast_to((ended & ~cut)[..., None], terminated.shape)
+        truncated = jnp.broadcast_to((ended & cut)[..., None], terminated.shape)
     discounted = learner.schedule.gamma[:, None, None] * runner.discounted_return + reward
     runner = RunnerState(
         env_state=env_state,
@@ -1876,12 +1912,12 @@ def env_step(
         obs=views,
         action=action,
         reward=reward,
-        terminated=new.terminated.astype(jnp.float32),
-        done=(new.terminated | new.truncated).astype(jnp.float32),
+        terminated=terminated.astype(jnp.float32),
+        done=(terminated | truncated).astype(jnp.float32),
         mask=mask,
         discounted_return=runner.discounted_return,
         own_return=runner.own_return,
-        ended=(goes_on & ~jnp.any(new.alive, axis=-1)).astype(jnp.float32),
+        ended=ended.astype(jnp.float32),
         episodic_return=runner.episodic_return,
         episodic_length=runner.episodic_length,
         measure=new.measure,
@@ -1957,14 +1993,20 @@ def make_mesh(args: Args) -> Mesh:
         platforms = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
         jax.config.update("jax_platforms", platforms[args.platform])
     if args.distributed:
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            raise InputError(f"--distributed: start it with mpirun or srun ({error})") from error
         processes = jax.process_count()
         if args.num_envs % processes or args.minibatch_size % processes:
             raise InputError(f"{processes} processes do not divide --num-envs and minibatches")
         devices = np.reshape(jax.devices(), (processes, -1))
         return Mesh(devices[:, :1], ("process", "seed"))
     jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
-    devices = jax.devices()
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:
+        raise InputError(f"--platform {args.platform}: {error}") from error
     rows = ROWS_PER_CORE if devices[0].platform == "cpu" else ROWS_PER_ACCELERATOR
     seeds = largest_divisor(args.num_seeds, len(devices))
     idle = min(len(devices) // seeds, args.minibatch_size // rows)
@@ -2072,10 +2114,11 @@ def update_seeds(
 
 
 def make_advance(run: Run, mesh: Mesh) -> Callable:
-    """Returns (learner, runner, count) to these after `count` iterations, metrics, and flags.
+    """Returns (learner, runner, count) to these after `count` iterations, and metrics.
 
-    Learners and metrics, the last iteration's, are on the mesh, and so are runners of environments
-    in JAX. Others are on the host, as are their rollouts. Flags are of all iterations.
+    Learners and metrics are on the mesh, and so are runners of environments in JAX, whose
+    iterations are compiled as one loop. Others are on the host, as are their rollouts. Metrics are
+    the last iteration's, but for flags: the number of the first one in which they were up, or 0.
     """
     # From here on it says whether devices share rows, processes or cores of this one
     args = run.args.model_copy(update={"distributed": mesh.shape["process"] > 1})
@@ -2095,27 +2138,40 @@ def make_advance(run: Run, mesh: Mesh) -> Callable:
         runner, transition = run.act(runner, learner)
         return runner, multihost_utils.host_local_array_to_global_array(transition, mesh, ROLLOUT)
 
-    act = on_mesh(act_on_mesh, in_specs=(BY_ENV, BY_SEED), out_specs=(BY_ENV, ROLLOUT))
-    act = jax.jit(act, donate_argnums=0) if args.native else act_on_host
+    act_on_mesh = on_mesh(act_on_mesh, in_specs=(BY_ENV, BY_SEED), out_specs=(BY_ENV, ROLLOUT))
+    act = act_on_mesh if args.native else act_on_host
+
+    def iterate(learner: LearnerState, runner: RunnerState, before: dict) -> tuple:
+        runner, transition = act(runner, learner)
+        learner, metrics = learn(learner, transition)
+        for name in before:
+            if name.startswith("bad/"):
+                metrics[name] = jnp.where(before[name] > 0, before[name], metrics[name])
+        return learner, runner, metrics
 
     def advance(learner: LearnerState, runner: RunnerState, count: int) -> tuple:
-        bad = []
+        metrics = {}
         for _ in range(count):
-            runner, transition = act(runner, learner)
-            learner, metrics = learn(learner, transition)
-            flags = [name for name in sorted(metrics) if name.startswith("bad/")]
-            bad.append({name: metrics.pop(name) for name in flags})
-        return learner, runner, metrics, bad
+            learner, runner, metrics = iterate(learner, runner, metrics)
+        return learner, runner, metrics
 
-    return advance
+    def advance_native(learner: LearnerState, runner: RunnerState, count: int) -> tuple:
+        _, _, metrics = jax.eval_shape(iterate, learner, runner, {})
+        metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics)
+        state = learner, runner, metrics
+        return jax.lax.fori_loop(0, count, lambda _, state: iterate(*state), state)
+
+    return jax.jit(advance_native, donate_argnums=(0, 1)) if args.native else advance
 
 
-def require_finite(bad: list[dict[str, Array]], iteration: int) -> None:
-    """Raises FloatingPointError at the first flag that is up, of iterations after this one."""
-    for number, flags in enumerate(jax.device_get(bad), iteration + 1):
-        for name, up in flags.items():
-            if up.any():
-                raise FloatingPointError(f"iteration {number}: {name[6:]} is not finite")
+def require_finite(metrics: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns metrics without flags. Raises: FloatingPointError at the first flag that was up."""
+    flags = {name: x for name, x in metrics.items() if name.startswith("bad/")}
+    up = [(number, name[6:]) for name, x in sorted(flags.items()) for number in x if number]
+    if up:
+        number, name = min(up, key=lambda x: x[0])
+        raise FloatingPointError(f"iteration {number}: {name} is not finite")
+    return {name: x for name, x in metrics.items() if name not in flags}
 
 
 def catch_signals() -> list[int]:
@@ -2174,9 +2230,8 @@ def train(args: Args) -> int:
     with progress_bar(args, iteration, chief) as bar:
         while iteration < args.num_iterations and not stop:
             count = min(args.log_interval, args.num_iterations - iteration)
-            learner, runner, metrics, bad = advance(learner, runner, count)
-            require_finite(bad, iteration)
-            metrics = jax.device_get(metrics)
+            learner, runner, metrics = advance(learner, runner, count)
+            metrics = require_finite(jax.device_get(metrics))
             now = time.perf_counter()
             steps = args.num_seeds * count * args.rollout_size
             spent = [0, now - before, steps] if iteration > first else [now - before, 0, 0]
@@ -2186,6 +2241,8 @@ def train(args: Args) -> int:
             iteration += count
             log(writers, metrics, iteration, args)
             mean_return = metrics["charts/episodic_return_100"].mean()
+            if np.isnan(mean_return) and 0 <= iteration - first - 20 < count:
+                note("no episode has ended in 20 rollouts: returns are unknown")
             bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
             bar.update(count * args.rollout_size)
 

@@ -128,11 +128,14 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out the tests of tests, unless they are asked for."""
+    """Leaves out the tests of tests, and the slow ones, unless they are asked for."""
+    left_out = []
     if not config.getoption("--mutants"):
-        left_out = [x for x in items if x.originalname == "test_mutant_is_killed"]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [x for x in items if x not in left_out]
+        left_out += [x for x in items if x.originalname == "test_mutant_is_killed"]
+    if "slow" not in config.option.markexpr:
+        left_out += [x for x in items if x.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [x for x in items if x not in left_out]
 
 
 def pytest_xdist_auto_num_workers(config):
@@ -143,6 +146,7 @@ def pytest_xdist_auto_num_workers(config):
 def pytest_configure(config):
     line = "costly: run on the reference script only, as the others share the text that it tests"
     config.addinivalue_line("markers", line)
+    config.addinivalue_line("markers", "slow: left out unless -m slow asks for it")
 
 
 def pytest_generate_tests(metafunc):

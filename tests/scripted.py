@@ -3,10 +3,12 @@
 And such as users bring along: that raise, hang, never end, or return what is no number.
 """
 
+import os
 import time
 from typing import ClassVar
 
 import gymnasium
+import jax.numpy as jnp
 import numpy as np
 from gymnasium import spaces
 from gymnasium.spaces import Box
@@ -147,7 +149,7 @@ class Strict(Counter):
 
 
 class Odd(Counter):
-    """Returns what is nearly right: `kind` of a reward; ends that are numbers; infos of its own."""
+    """Shows what is nearly right: lists, `kind` of a reward, ends that are numbers, odd infos."""
 
     def __init__(self, shape=(1,), kind="float32"):
         super().__init__()
@@ -157,13 +159,13 @@ class Odd(Counter):
     def reset(self, *, seed=None, options=None):
         obs, _ = super().reset(seed=seed)
         self.length = int(self.np_random.integers(4, 8))
-        return obs, {"name": "begin", "final": None}
+        return obs.tolist(), {"name": "begin", "final": None}
 
     def step(self, action):
         obs, _, terminated, truncated, _ = super().step(action)
         info = {"name": self.count, self.count: [{}] * self.count, "_name": 3}
         reward = np.full(self.shape, 3, self.kind)
-        return obs, reward, np.bool_(terminated), int(truncated), info
+        return tuple(obs), reward, np.bool_(terminated), int(truncated), info
 
 
 class Integers(Counter):
@@ -201,6 +203,8 @@ class Broken(Counter):
                 obs = np.zeros(3, np.float32)
             if self.what == "text":
                 reward = "a lot"
+            if self.what == "exit":
+                os._exit(7)
         return obs, reward, *rest
 
 
@@ -225,6 +229,17 @@ class Slow(Counter):
         if self.steps > self.begin:
             time.sleep(self.seconds)
         return super().step(action)
+
+
+class Computed(Counter):
+    """Counts with JAX, from the moment it is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = 1 / jnp.float32(self.length)
+
+    def obs(self):
+        return np.asarray(jnp.array([self.count, self.length]) * self.scale, np.float32)
 
 
 class Needy(Counter):
@@ -335,6 +350,27 @@ class Pair(gymnasium.Env):
         return np.full((64, 64, 3), self.count, np.uint8)
 
 
+class MirroredPair(Pair):
+    """With observation augmentation."""
+
+    def augment_observation(self, obs):
+        return obs
+
+
+class Leaving(Pair):
+    """Ends its process after 100 steps."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.steps = 0
+
+    def step(self, action):
+        self.steps += 1
+        if self.steps == 100:
+            os._exit(7)
+        return super().step(action)
+
+
 class Limited(Pair):
     """With a limit of its own that is called as Gymnasium's."""
 
@@ -369,6 +405,7 @@ for name, entry, settings in (
     ("Broken-v0", Broken, {}),
     ("Endless-v0", Endless, {}),
     ("Slow-v0", Slow, {}),
+    ("Computed-v0", Computed, {}),
     ("Needy-v0", Needy, {}),
     ("Failing-v0", Failing, {}),
     ("Talking-v0", Talking, {}),
@@ -380,6 +417,8 @@ for name, entry, settings in (
     ("Masked-box-v0", Masked, {"kind": "box"}),
     ("Masked-short-v0", Masked, {"kind": "short"}),
     ("Pair-v0", Pair, {}),
+    ("MirroredPair-v0", MirroredPair, {}),
+    ("Leaving-v0", Leaving, {}),
     ("Limited-v0", Limited, {"max_episode_steps": 5}),
     ("NoActions-v0", Counter, {"space": Box(-1, 1, (0,))}),
     ("Unbounded-v0", Counter, {"space": Box(-np.inf, np.inf, (1,))}),

@@ -143,12 +143,18 @@ def test_an_action_is_of_its_space(ppo, name):
 
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
 @pytest.mark.parametrize("shape", ["[]", "[1]", "[1, 1]"])
-def test_what_is_nearly_right_is_taken(ppo, vectorization, shape):
-    """A reward of one number in whatever shape, ends that are no bool, infos that do not match."""
+def test_what_is_nearly_right_is_taken(ppo, icm, vectorization, shape):
+    """Observations in lists, a reward of one number in whatever shape, ends that are no bool.
+
+    And infos that do not match.
+    """
     kwargs = f'{{"shape": {shape}, "kind": "int16"}}'
-    t, _ = play(ppo, "scripted:Odd-v0", 20, env_kwargs=kwargs, vectorization=vectorization)
+    settings = {"env_kwargs": kwargs, "vectorization": vectorization}
+    t, _ = play(ppo, "scripted:Odd-v0", 20, **settings)
     np.testing.assert_array_equal(t.reward, 3 * t.mask)
     assert_next_step_resets(t)
+    mine, _ = play(icm, "scripted:Odd-v0", 20, **settings)
+    np.testing.assert_array_equal(mine.obs["obs"][:, :, 0], t.obs)
 
 
 def two_rollouts(module, env_id, steps=30, **settings):

@@ -20,7 +20,7 @@ from checks import small_args, start
 from conftest import ROOT, SMALL, command, environment
 from processes import execute
 from pydantic import ValidationError
-from runs import result, start_long, steps_saved, wait_for
+from runs import assert_same, result, start_long, steps_saved, wait_for
 
 COUNTER = ["--env-id", "scripted:Counter-v0"]
 
@@ -138,19 +138,35 @@ def test_killed_at_any_moment(tmp_path, run, script):
     run(script, "--mode", "eval", "--run-dir", "long", "--eval-episodes", 1)
 
 
+def descendants(pid):
+    """Returns the ids of a process's children, their children, and so on."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [x for child in map(int, children) for x in (child, *descendants(child))]
+
+
+def runs(pid):
+    """Returns whether a process is neither gone nor waits to be."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().split()[2] != "Z"
+
+
 @pytest.mark.costly
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
 def test_interrupted(tmp_path, script, vectorization):
     """SIGINT saves and ends with 130, and no worker stays behind."""
     flags = [*COUNTER, "--vectorization", vectorization]
     process = start_long(tmp_path, script, *flags)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    assert len(children) == (vectorization == "async")
-    process.send_signal(signal.SIGINT)
+    others = descendants(process.pid)
+    assert len(others) == (3 if vectorization == "async" else 0)  # two are multiprocessing's own
+    for pid in (*others, process.pid):  # as Ctrl-C in a terminal
+        os.kill(pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors
     assert max(steps_saved(tmp_path / "long")) * 64 == result(tmp_path / "long")["timesteps"]
-    assert not [x for x in children if Path(f"/proc/{x}").exists()]
+    deadline = time.time() + 10
+    while any(map(runs, others)):
+        assert time.time() < deadline
+        time.sleep(0.1)
 
 
 @pytest.mark.costly
@@ -242,6 +258,26 @@ def test_an_environment_that_raises_is_shown(run, tmp_path, script, vectorizatio
     assert result(tmp_path / "a")["finished"] is False
 
 
+def test_a_dead_process_of_an_environment_is_named(run, tmp_path):
+    """With its exit code, in every script that has such processes of its own."""
+    broken = ["--env-id", "scripted:Broken-v0", "--env-kwargs", '{"what": "exit"}']
+    for script in ("ppo_continuous", "ppo_multiagent"):
+        env_id = {"ppo_multiagent": "scripted:Leaving-v0"}.get(script, broken[1])
+        flags = [broken[0], env_id, *broken[2:], "--vectorization", "async"]
+        bad = run(script, *flags, "--run-dir", script, check=False)
+        assert bad.returncode == 1
+        assert "died, with exit codes {0: 7}" in bad.stderr
+
+
+@pytest.mark.costly
+def test_environments_may_use_jax(run, tmp_path, script):
+    """In processes of their own, too, to which threads of this one's JAX do not come along."""
+    flags = ["--env-id", "scripted:Computed-v0", "--num-envs", 2]
+    for kind in ("sync", "async"):
+        run(script, *flags, "--vectorization", kind, "--run-dir", kind)
+    assert_same(tmp_path / "sync", tmp_path / "async")
+
+
 @pytest.mark.costly
 def test_what_is_not_finite_stops_the_run(run, tmp_path, script):
     """In the second of two iterations, its last; a run that is begun again goes on."""
@@ -272,9 +308,10 @@ def test_the_first_bad_quantity_is_named(ppo, field, value, named):
     with jax.enable_x64(True):
         spoilt = transition._replace(**{field: getattr(transition, field).at[3, 1].set(value)})
         _, metrics = jax.jit(partial(ppo.update, network=network, args=args))(learner, spoilt)
-        flags = {x: np.asarray(metrics[x])[None] for x in sorted(metrics) if x.startswith("bad/")}
-    with pytest.raises(FloatingPointError, match=f"iteration 8: {named} is not finite"):
-        ppo.require_finite([dict.fromkeys(flags, np.zeros(1)), flags], 6)
+    metrics = {name: np.asarray(x)[None] for name, x in metrics.items()}
+    number = learner.iteration + 1
+    with pytest.raises(FloatingPointError, match=f"iteration {number}: {named} is not finite"):
+        ppo.require_finite(metrics)
 
 
 UNMAKEABLE = [
@@ -292,6 +329,25 @@ def test_what_cannot_be_made_is_said(ppo, tmp_path, env_id, said):
     with pytest.raises(ppo.InputError) as refused:
         ppo.make_run(ppo.Args(env_id=env_id))
     assert said in str(refused.value)
+
+
+OTHERS = [
+    ("ppo_continuous", "Mirrored"),
+    ("ppo_cma", "Mirrored"),
+    ("ppo_atari", "MirroredChooser"),
+    ("ppo_atari", "Masked-info"),
+    ("ppo_atari", "Masked-key"),
+    ("ppo_multiagent", "MirroredPair"),
+]
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+@pytest.mark.parametrize(("script", "name"), OTHERS)
+def test_what_another_script_has_is_said(script, name, vectorization):
+    module = __import__(script)
+    args = module.Args(env_id=f"scripted:{name}-v0", vectorization=vectorization)
+    with pytest.raises(module.InputError, match=r"ppo_icm_lstm\.py"):
+        module.make_env(args, [1])
 
 
 def test_ppo_cma_needs_bounds(cma):

@@ -658,18 +658,30 @@ def test_bounds_of_observations_are_the_trainings_in_evaluation(icm):
 @pytest.mark.parametrize("bootstrap", ["fixed", "dynamic"])
 @in_double
 def test_bootstraps_are_bounded_where_a_future_is_cut_off(icm, bootstrap):
-    """Advantages by hand, from values that are bounded behind truncations and the rollout only."""
+    """Targets by hand, from values that are bounded behind truncations and the rollout only.
+
+    Advantages are of values as they are.
+    """
     args = small_args(icm, bootstrap=bootstrap, bootstrap_range=(-0.2, 0.1), norm_adv=False)
     _, learner, transition, r = start(icm, args)
     rng = np.random.default_rng(10)
     value = rng.normal(0, 1, (T + 1, N))
-    gamma, gae_lambda = discounts(learner)
     bounds = (-0.3, 0.4) if bootstrap == "dynamic" else (-0.2, 0.1)
     learner = learner._replace(rewards_seen=np.array([-0.3, 0.4]))
-    found, _ = icm.estimate_advantages(learner, transition, value, args)
+    advantage, target = icm.estimate_advantages(learner, transition, value, args)
     wider = icm.widen_reward_range(learner, transition).rewards_seen
     real = r["reward"][r["mask"] > 0]
     np.testing.assert_allclose(wider, [real.min(), real.max()], rtol=1e-6)
+    mask = r["mask"] > 0
+    of_target = gae_by_hand(r, value, discounts(learner), bounds) + value[:-1]
+    np.testing.assert_allclose(target[mask], of_target[mask], **CLOSE)
+    of_advantage = gae_by_hand(r, value, discounts(learner), (-np.inf, np.inf))
+    np.testing.assert_allclose(advantage[mask], of_advantage[mask], **CLOSE)
+
+
+def gae_by_hand(r, value, discounts, bounds):
+    """Returns advantages [T, N], where the value of a future that is cut off is within bounds."""
+    gamma, gae_lambda = discounts
     wanted = np.zeros((T, N))
     for n in range(N):
         following = 0.0
@@ -681,8 +693,7 @@ def test_bootstraps_are_bounded_where_a_future_is_cut_off(icm, bootstrap):
             delta += gamma * future * (1 - r["terminated"][t, n])
             following = delta + gamma * gae_lambda * (1 - r["done"][t, n]) * following
             wanted[t, n] = following
-    mask = r["mask"] > 0
-    np.testing.assert_allclose(found[mask], wanted[mask], **CLOSE)
+    return wanted
 
 
 @in_double

@@ -86,7 +86,7 @@ def test_update_of_one_agent_is_that_of_ppo_continuous(ppo, team):
 # --- Agents ---
 def test_rollouts_have_an_axis_of_agents(team):
     """Rewards, returns, masks and deaths of three agents, of which the second dies at step 2."""
-    t, _, _ = play(team, TEAM, 20)
+    t, _, _ = play(team, TEAM, 20, death="ends")
     assert t.obs.actor.shape == (21, 2, 3, 3) and t.action.shape == (20, 2, 3, 1)
     np.testing.assert_array_equal(t.obs.actor[0, 0, :, 0], [0, 1, 2])
     np.testing.assert_array_equal(t.obs.agent[3, 1], np.eye(3))
@@ -118,6 +118,30 @@ def test_rollouts_have_an_axis_of_agents(team):
     assert 0 < below.mean() < 1
     np.testing.assert_array_equal(t.done[(step == 0) | (step == 4)], 0)
     assert team.agent_metrics(t)["agents/episodic_measure"] == 1
+
+
+def test_a_death_is_not_the_teams_end(team):
+    """What a team earns after an agent's death counts in its returns, to the team's own end.
+
+    That is a time limit where it is for somebody; the dead still train nothing.
+    """
+    t, run, learner = play(team, TEAM, 20, team_reward=True, norm_value=False, gae_lambda=1.0)
+    ends, _, _ = play(team, TEAM, 20, team_reward=True, death="ends")
+    np.testing.assert_array_equal(t.mask, ends.mask)
+    np.testing.assert_array_equal(t.done, np.repeat(t.ended[..., None], 3, axis=-1))
+    cut = (ends.done - ends.terminated).any(axis=-1)
+    assert 0 < (t.ended * cut).sum() < t.ended.sum()
+    np.testing.assert_array_equal(t.terminated, t.done * ~cut[..., None])
+    value = np.random.default_rng(0).normal(0, 1, (21, 6)).astype(np.float32)
+    rows = team.agents_as_rows(t)
+    _, _, target = team.evaluate_rollout(learner, rows, Known(value), run.args)
+    target = np.asarray(target).reshape(20, 2, 3)
+    value = value.reshape(21, 2, 3)
+    for n, a in np.ndindex(2, 3):  # four steps to an episode's end, the second agent's last but two
+        for first in range(0, 20, 5):
+            earned = 0.99 ** np.arange(4) @ t.reward[first : first + 4, n, a]
+            earned += 0.99**4 * value[first + 4, n, a] * cut[first + 3, n]
+            np.testing.assert_allclose(target[first, n, a], earned, rtol=1e-4, atol=1e-4)
 
 
 def test_team_reward(team):
@@ -175,7 +199,7 @@ class Known:
 
 def test_advantages_of_agents_end_with_them(team):
     """Against the definition, agent by agent."""
-    t, run, learner = play(team, TEAM, 20, norm_value=False)
+    t, run, learner = play(team, TEAM, 20, norm_value=False, death="ends")
     rows = team.agents_as_rows(t)
     value = np.random.default_rng(0).normal(0, 1, (21, 6)).astype(np.float32)
     _, found, _ = team.evaluate_rollout(learner, rows, Known(value), run.args)

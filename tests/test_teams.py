@@ -6,6 +6,7 @@ themselves.
 
 import copy
 import json
+import os
 import sys
 from typing import NamedTuple
 
@@ -114,8 +115,15 @@ class Scripted:
         return obs, reward, terminated, truncated, infos
 
 
-def parallel_env(**_):
-    return Scripted(**SCRIPT)
+UNLIKE = {
+    "observations": [spaces.Discrete(4), spaces.Box(-1, 1, (3,))],
+    "actions": [spaces.Discrete(3, start=-1), spaces.MultiDiscrete([2, 4])],
+    "kinds": ["end", "cut"],
+}
+
+
+def parallel_env(unlike=False, **_):
+    return Scripted(**UNLIKE if unlike else SCRIPT)
 
 
 class Joint(gymnasium.Env):
@@ -332,16 +340,11 @@ def test_agents_that_are_dropped_without_a_word():
 
 
 def test_async_equals_sync():
-    script = {
-        "observations": [spaces.Discrete(4), spaces.Box(-1, 1, (3,))],
-        "kinds": ["end", "cut"],
-    }
-    script["actions"] = [spaces.Discrete(3, start=-1), spaces.MultiDiscrete([2, 4])]
-    SCRIPT.clear()
-    SCRIPT.update(script)
     found = []
+    unlike = '{"unlike": true}'
     for kind in ("sync", "async"):
-        args = Args(env_id="pettingzoo/test_teams", vectorization=kind, num_seeds=2)
+        team = {"env_id": "pettingzoo/test_teams", "env_kwargs": unlike}
+        args = Args(**team, vectorization=kind, num_seeds=2)
         env = make_env(args, [3, 4, 5, 6])
         found.append(play(env, 12, num_seeds=2))
     jax.tree.map(np.testing.assert_array_equal, *found)
@@ -414,7 +417,7 @@ class Odd(Scripted):
 
 
 def odd(fault):
-    return teams.open_host("pettingzoo/odd", {"fault": fault})
+    return teams.open_host("pettingzoo/odd", {"fault": fault}, os.getpid())
 
 
 @pytest.mark.parametrize("fault", ["range", "shape", "mask", "nobody"])
