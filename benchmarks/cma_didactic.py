@@ -167,8 +167,9 @@ def draw_covariances(iterations: int, seeds: int, path: Path) -> None:
         runs = []
         for seed in range(1, seeds + 1):
             runs.append(optimize(valley, "ppo-cma-m", iterations, seed, covariance=kind))
-        draw(axis, runs[0], min(14, iterations - 1), valley)
-        axis.set_title(f"{kind} covariance, iteration 15")
+        shown = min(14, iterations - 1)
+        draw(axis, runs[0], shown, valley)
+        axis.set_title(f"{kind} covariance, iteration {shown + 1}")
         cost = -np.array([[valley(action).mean() for action in run["action"]] for run in runs])
         x = np.arange(1, iterations + 1)
         axes[2].plot(x, cost.mean(axis=0), label=kind)
@@ -189,6 +190,7 @@ def main(out: Path = Path("benchmarks/results"), iterations: int = 20, seeds: in
         iterations: of each run; of those in the valley twice as many.
         seeds: runs of the comparison of covariances.
     """
+    out.mkdir(parents=True, exist_ok=True)
     runs = {name: optimize(quadratic, name, iterations) for name in NAMES}
     draw_panels(runs, iterations, out / "cma_didactic.png")
     draw_film(runs, iterations, out / "cma_didactic.gif")

@@ -953,6 +953,11 @@ def test_parts_of_observations(icm):
 # --- Mutants: (the test that must turn red, a text of the script, what a slip would make of it) ---
 MUTANTS = [
     (
+        test_bootstraps_are_bounded_where_a_future_is_cut_off,
+        "_, target = compute_gae(rollout, bounded",
+        "advantage, target = compute_gae(rollout, bounded",
+    ),
+    (
         test_values_stay_when_their_statistics_move,
         "x = x * old_std / new_std",
         "pass",

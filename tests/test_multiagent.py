@@ -445,6 +445,8 @@ def test_wrong_teams_end_in_one_line(team, settings, said):
 
 # --- Mutants: (the test that must turn red, a text of the script, what a slip would make of it) ---
 MUTANTS = [
+    (test_a_death_is_not_the_teams_end, "(ended & ~cut)[..., None]", "ended[..., None]"),
+    (test_a_death_is_not_the_teams_end, 'args.death == "continues"', 'args.death == "ends"'),
     (
         test_rollouts_have_an_axis_of_agents,
         "mask = last.alive.astype(jnp.float32)",
