@@ -82,6 +82,19 @@ class Table(Counter):
         return np.full((5, 5, 1), self.count, np.float32)
 
 
+class Picture(Counter):
+    """Shows a picture, dark above and bright below, of a dtype and with a bound that it says."""
+
+    def __init__(self, said="uint8", shown="uint8", high=255, brightest=255):
+        super().__init__(space=spaces.Discrete(2))
+        self.observation_space = Box(0, high, (8, 8, 1), said)
+        self.picture = np.zeros((8, 8, 1), shown)
+        self.picture[4:] = brightest
+
+    def obs(self):
+        return self.picture
+
+
 class Nested(Counter):
     """With a Dict of observations of different shapes and an action of two axes."""
 
@@ -387,6 +400,7 @@ for name, entry, settings in (
     ("BothEnds-v0", Counter, {"end": "both"}),
     ("Mirrored-v0", Mirrored, {}),
     ("MirroredChooser-v0", Mirrored, {"space": spaces.Discrete(2)}),
+    ("Picture-v0", Picture, {}),
     ("Nested-v0", Nested, {}),
     ("Table-v0", Table, {}),
     ("Choices-v0", Choices, {}),

@@ -1,5 +1,6 @@
 """What is ppo_atari.py's own: choices, convolutions, lives, RAM, stacked frames, protocols."""
 
+import json
 import math
 from functools import partial
 from types import SimpleNamespace
@@ -53,6 +54,41 @@ def test_sampled_choices_have_their_probabilities(atari):
     np.testing.assert_allclose(counts, softmax(logits), atol=0.006)
     assert atari.sample_action(policy, 0 * noise[0]) == 2
     assert atari.env_action(jnp.int32(2), spaces.Discrete(3, start=7), None) == 9
+
+
+# said and shown dtype, bound and brightest number, and what the network gets of that
+PICTURES = [
+    ("uint8", "uint8", 255, 255, 255),
+    ("float32", "float32", 255, 255, 1),
+    ("float64", "float32", 1, 0.5, 0.5),
+    ("int16", "int16", 4, 2, 0.5),
+]
+
+
+def picture(script, vectorization, said, shown, high, brightest):
+    """Returns what a network of a script gets of a picture, [S, N, ...]."""
+    kwargs = {"said": said, "shown": shown, "high": high, "brightest": brightest}
+    settings = {"env_kwargs": json.dumps(kwargs), "vectorization": vectorization}
+    env = script.make_env(script.Args(env_id="scripted:Picture-v0", **settings), [1, 2])
+    _, time_step = env.first
+    return jax.tree.leaves(time_step.obs)[0]
+
+
+@pytest.mark.parametrize(("said", "shown", "high", "brightest", "seen"), PICTURES)
+def test_images_are_scaled_by_their_bounds(atari, icm, said, shown, high, brightest, seen):
+    for script in (atari, icm):
+        obs = picture(script, "sync", said, shown, high, brightest)
+        assert obs.max() == seen and obs.dtype == ("uint8" if said == "uint8" else "float32")
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_images_that_are_not_of_their_space(atari, icm, vectorization):
+    """Bytes that were said to be small numbers, and small numbers that were said to be bytes."""
+    for script in (atari, icm):
+        with pytest.raises(script.InputError, match="up to 255, and its space is"):
+            picture(script, vectorization, "float32", "uint8", 1, 255)
+        with pytest.raises(Exception, match="same_kind"):
+            picture(script, vectorization, "uint8", "float32", 255, 0.9)
 
 
 class Direct:
