@@ -1878,12 +1878,13 @@ def main() -> None:
         code = train(args) if args.mode == "train" else evaluate(args)
     except InputError as error:
         note(str(error))
-        code = 2
-    except Exception:
+        _kept, code = error, 2  # with its environments, until their processes are gone
+    except Exception as error:
         traceback.print_exc()
-        code = 1
+        _kept, code = error, 1
     for child in multiprocessing.active_children():
         child.kill()
+        sys.unraisablehook = lambda _: None  # Gymnasium's, about pipes that are broken now
     if args.distributed and code in (1, 2):
         os._exit(code)  # an ordinary exit waits for the other processes, which wait for this one
     sys.exit(code)
