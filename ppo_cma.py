@@ -2129,7 +2129,6 @@ def main() -> None:
         _kept, code = error, 1
     for child in multiprocessing.active_children():
         child.kill()
-        sys.unraisablehook = lambda _: None  # Gymnasium's, about pipes that are broken now
     if args.distributed and code in (1, 2):
         os._exit(code)  # an ordinary exit waits for the other processes, which wait for this one
     sys.exit(code)
