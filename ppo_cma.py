@@ -805,7 +805,8 @@ def make_env(args: Args, env_seeds: list[int]) -> Environment:
             f"--env-id {args.env_id}: {env.action_space} is no Box of actions; for choices there"
             " are ppo_atari.py (one) and ppo_icm_lstm.py (several), for teams ppo_multiagent.py"
         )
-    if not (np.abs([env.action_space.low, env.action_space.high]) < 1e30).all():
+    widest = np.abs([env.action_space.low, env.action_space.high]).max()
+    if not env.action_space.is_bounded() or widest > 1e30:
         why = "has actions without bounds: use ppo_continuous.py"
         raise InputError(f"--env-id {args.env_id} {why}")
     return hold_actions(env, args.action_repeat)
@@ -950,16 +951,22 @@ class PlainStep(gymnasium.Wrapper):
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
         obs, reward, terminated, truncated, info = self.env.step(action)
+        if "action_mask" in info:
+            raise ValueError("info has an action_mask: use ppo_icm_lstm.py")
         lasting = bool(terminated and info.get("non-terminal done", False))
         reward = np.asarray(reward).item()
         return obs, reward, terminated and not lasting, truncated or lasting, {}
 
 
 @contextmanager
-def deaths_named(vector: gymnasium.vector.VectorEnv) -> Iterator[None]:
-    """In this block, RuntimeError says with which exit codes processes of environments died."""
+def called_upon(vector: gymnasium.vector.VectorEnv) -> Iterator[None]:
+    """In this block of environments' own, RuntimeError says with which exit codes they died.
+
+    What they compute with JAX has the precision that it has elsewhere.
+    """
     try:
-        yield
+        with jax.enable_x64(False):
+            yield
     except (EOFError, ConnectionError) as error:
         workers = getattr(vector, "processes", [])
         multiprocessing.connection.wait([x.sentinel for x in workers], timeout=5)
@@ -973,17 +980,18 @@ def make_gymnasium(args: Args, env_seeds: list[int]) -> Environment:
     # A fork of this process could not use JAX itself. In shared memory, floats of an image that
     # is said to be of bytes become zeros, silently
     clean = {"context": "forkserver", "shared_memory": False}
-    vector = gymnasium.make_vec(
-        args.env_id,
-        num_envs=size,
-        vectorization_mode=args.vectorization,
-        vector_kwargs=clean if args.vectorization == "async" else {},
-        wrappers=[partial(PlainStep, trainer=os.getpid())],
-        **json.loads(args.env_kwargs),
-    )
+    with jax.enable_x64(False):
+        vector = gymnasium.make_vec(
+            args.env_id,
+            num_envs=size,
+            vectorization_mode=args.vectorization,
+            vector_kwargs=clean if args.vectorization == "async" else {},
+            wrappers=[partial(PlainStep, trainer=os.getpid())],
+            **json.loads(args.env_kwargs),
+        )
     space = vector.single_observation_space
     actions = vector.single_action_space
-    with deaths_named(vector):
+    with called_upon(vector):
         obs, info = vector.reset(seed=env_seeds)
     if info["others"].any() or "action_mask" in getattr(space, "spaces", ()):
         why = "has masks of actions, or augment_observation: use ppo_icm_lstm.py"
@@ -997,7 +1005,7 @@ def make_gymnasium(args: Args, env_seeds: list[int]) -> Environment:
         action = np.asarray(action).astype(actions.dtype)
         if isinstance(actions, spaces.Box):
             action = np.clip(action, actions.low, actions.high)
-        with deaths_named(vector):
+        with called_upon(vector):
             obs, reward, terminated, truncated, _ = vector.step(action)
         return jax.tree.map(as_number, obs), np.float32(reward), terminated, truncated
 
@@ -1126,8 +1134,13 @@ def open_task(args: Args) -> Task:
     except ModuleNotFoundError as error:
         raise InputError(f"--env-id {args.env_id}: {error}: pip install it") from error
     action = jnp.zeros(task.action_space.shape, action_dtype(task.action_space))
+    task = task._replace(step=partial(uninformed_step, step=task.step))
     while True:
         obs, state = jax.eval_shape(task.reset, jax.random.PRNGKey(0))
+        space = task.observation_space
+        if isinstance(space, spaces.Box) and getattr(obs, "shape", None) != space.shape:
+            shown = f"an observation is {obs}, and its space is {space}"
+            raise InputError(f"--env-id {args.env_id}: {shown}")
         stepped = jax.eval_shape(task.step, jax.random.PRNGKey(0), state, action)
         shapes = [jax.tree.map(np.shape, x) for x in ((obs, state), stepped[:2])]
         if shapes[0] != shapes[1]:
@@ -1140,6 +1153,11 @@ def open_task(args: Args) -> Task:
         if wide == jax.tree.map(lambda x: x.dtype, state):
             return task
         task = task._replace(reset=partial(widened_reset, reset=task.reset, dtypes=wide))
+
+
+def uninformed_step(key: Array, state: Any, action: Array, step: Callable) -> tuple:
+    """Returns what a step does, without its info, which may be of any kind."""
+    return (*step(key, state, action)[:5], {})
 
 
 def widened_reset(key: Array, reset: Callable, dtypes: Any) -> tuple:
@@ -1188,7 +1206,8 @@ def step_tasks(env_state: NativeState, action: Array, task: Task) -> tuple[Nativ
     keys = over_envs(partial(jax.random.split, num=3))(env_state.key)
     keys, step_keys, reset_keys = jnp.moveaxis(keys, 2, 0)
     stepped = over_envs(task.step)(step_keys, env_state.task, action)
-    obs, state, reward, terminated, truncated, _ = stepped
+    obs, state, *rest, _ = stepped
+    reward, terminated, truncated = (x.reshape(over.shape) for x in rest)
     numbers = partial(flat, space=task.observation_space)
 
     def choose(fresh: Array, old: Array) -> Array:

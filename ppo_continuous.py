@@ -864,16 +864,22 @@ class PlainStep(gymnasium.Wrapper):
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
         obs, reward, terminated, truncated, info = self.env.step(action)
+        if "action_mask" in info:
+            raise ValueError("info has an action_mask: use ppo_icm_lstm.py")
         lasting = bool(terminated and info.get("non-terminal done", False))
         reward = np.asarray(reward).item()
         return obs, reward, terminated and not lasting, truncated or lasting, {}
 
 
 @contextmanager
-def deaths_named(vector: gymnasium.vector.VectorEnv) -> Iterator[None]:
-    """In this block, RuntimeError says with which exit codes processes of environments died."""
+def called_upon(vector: gymnasium.vector.VectorEnv) -> Iterator[None]:
+    """In this block of environments' own, RuntimeError says with which exit codes they died.
+
+    What they compute with JAX has the precision that it has elsewhere.
+    """
     try:
-        yield
+        with jax.enable_x64(False):
+            yield
     except (EOFError, ConnectionError) as error:
         workers = getattr(vector, "processes", [])
         multiprocessing.connection.wait([x.sentinel for x in workers], timeout=5)
@@ -887,17 +893,18 @@ def make_gymnasium(args: Args, env_seeds: list[int]) -> Environment:
     # A fork of this process could not use JAX itself. In shared memory, floats of an image that
     # is said to be of bytes become zeros, silently
     clean = {"context": "forkserver", "shared_memory": False}
-    vector = gymnasium.make_vec(
-        args.env_id,
-        num_envs=size,
-        vectorization_mode=args.vectorization,
-        vector_kwargs=clean if args.vectorization == "async" else {},
-        wrappers=[partial(PlainStep, trainer=os.getpid())],
-        **json.loads(args.env_kwargs),
-    )
+    with jax.enable_x64(False):
+        vector = gymnasium.make_vec(
+            args.env_id,
+            num_envs=size,
+            vectorization_mode=args.vectorization,
+            vector_kwargs=clean if args.vectorization == "async" else {},
+            wrappers=[partial(PlainStep, trainer=os.getpid())],
+            **json.loads(args.env_kwargs),
+        )
     space = vector.single_observation_space
     actions = vector.single_action_space
-    with deaths_named(vector):
+    with called_upon(vector):
         obs, info = vector.reset(seed=env_seeds)
     if info["others"].any() or "action_mask" in getattr(space, "spaces", ()):
         why = "has masks of actions, or augment_observation: use ppo_icm_lstm.py"
@@ -911,7 +918,7 @@ def make_gymnasium(args: Args, env_seeds: list[int]) -> Environment:
         action = np.asarray(action).astype(actions.dtype)
         if isinstance(actions, spaces.Box):
             action = np.clip(action, actions.low, actions.high)
-        with deaths_named(vector):
+        with called_upon(vector):
             obs, reward, terminated, truncated, _ = vector.step(action)
         return jax.tree.map(as_number, obs), np.float32(reward), terminated, truncated
 
@@ -1052,8 +1059,13 @@ def open_task(args: Args) -> Task:
     except ModuleNotFoundError as error:
         raise InputError(f"--env-id {args.env_id}: {error}: pip install it") from error
     action = jnp.zeros(task.action_space.shape, action_dtype(task.action_space))
+    task = task._replace(step=partial(uninformed_step, step=task.step))
     while True:
         obs, state = jax.eval_shape(task.reset, jax.random.PRNGKey(0))
+        space = task.observation_space
+        if isinstance(space, spaces.Box) and getattr(obs, "shape", None) != space.shape:
+            shown = f"an observation is {obs}, and its space is {space}"
+            raise InputError(f"--env-id {args.env_id}: {shown}")
         stepped = jax.eval_shape(task.step, jax.random.PRNGKey(0), state, action)
         shapes = [jax.tree.map(np.shape, x) for x in ((obs, state), stepped[:2])]
         if shapes[0] != shapes[1]:
@@ -1066,6 +1078,11 @@ def open_task(args: Args) -> Task:
         if wide == jax.tree.map(lambda x: x.dtype, state):
             return task
         task = task._replace(reset=partial(widened_reset, reset=task.reset, dtypes=wide))
+
+
+def uninformed_step(key: Array, state: Any, action: Array, step: Callable) -> tuple:
+    """Returns what a step does, without its info, which may be of any kind."""
+    return (*step(key, state, action)[:5], {})
 
 
 def widened_reset(key: Array, reset: Callable, dtypes: Any) -> tuple:
@@ -1114,7 +1131,8 @@ def step_tasks(env_state: NativeState, action: Array, task: Task) -> tuple[Nativ
     keys = over_envs(partial(jax.random.split, num=3))(env_state.key)
     keys, step_keys, reset_keys = jnp.moveaxis(keys, 2, 0)
     stepped = over_envs(task.step)(step_keys, env_state.task, action)
-    obs, state, reward, terminated, truncated, _ = stepped
+    obs, state, *rest, _ = stepped
+    reward, terminated, truncated = (x.reshape(over.shape) for x in rest)
     numbers = partial(flat, space=task.observation_space)
 
     def choose(fresh: Array, old: Array) -> Array:
@@ -1139,8 +1157,8 @@ def env_action(action: Array, space: spaces.Box, args: Args) -> Array:
     It is in the space's dtype, and inside of its bounds in that dtype.
     """
     low, high = np.float64(space.low), np.float64(space.high)
-    low = np.where(low > -1e30, low, -np.inf).astype(np.float32)
-    high = np.where(high < 1e30, high, np.inf).astype(np.float32)
+    low = np.where(space.bounded_below & (low > -1e30), low, -np.inf).astype(np.float32)
+    high = np.where(space.bounded_above & (high < 1e30), high, np.inf).astype(np.float32)
     action = action.reshape(*action.shape[:-1], *space.shape)
     if args.squash_actions:
         action = jnp.tanh(action)
@@ -1149,10 +1167,12 @@ def env_action(action: Array, space: spaces.Box, args: Args) -> Array:
         low_half = np.where(bounded, low, np.float32(-1)) / 2
         high_half = np.where(bounded, high, np.float32(1)) / 2
         action = (low_half + high_half) + (high_half - low_half) * action
-    if np.issubdtype(space.dtype, np.integer):
+    dtype = action_dtype(space)
+    least, most = space.low, space.high
+    if np.issubdtype(dtype, np.integer):
         action = jnp.rint(action)
-    action = jnp.clip(action, low, high).astype(action_dtype(space))
-    return jnp.clip(action, space.low, space.high)
+        least, most = np.clip([least, most], np.iinfo(dtype).min, np.iinfo(dtype).max)
+    return jnp.clip(jnp.clip(action, low, high).astype(dtype), least, most)
 
 
 # --- Rollout ---

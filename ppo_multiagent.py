@@ -1131,8 +1131,8 @@ def joint_action_space(own: list[spaces.Space]) -> spaces.MultiDiscrete | spaces
         high = np.ones(shape)
         for i, space in enumerate(own):
             size = math.prod(space.shape)
-            low[i, :size] = space.low.ravel()
-            high[i, :size] = space.high.ravel()
+            low[i, :size] = np.where(space.bounded_below, space.low, -np.inf).ravel()
+            high[i, :size] = np.where(space.bounded_above, space.high, np.inf).ravel()
         return spaces.Box(low, high, dtype=np.float64)
     nvec = np.ones(shape, int)
     for i, space in enumerate(own):
@@ -1170,9 +1170,10 @@ def own_obs(space: spaces.Space, obs: Any, xp: ModuleType) -> Array:
     nvec, start = ranges(space)
     numbers = zip(obs.ravel(), nvec, start, strict=True)
     hot = xp.concatenate([x == xp.arange(least, least + n) for x, n, least in numbers])
-    if xp is np and hot.sum() != len(nvec):
+    known = hot.sum() == len(nvec)
+    if xp is np and not known:
         raise InputError(f"an observation is {obs}, which is none of {space}")
-    return hot.astype("float32")
+    return xp.where(known, hot.astype("float32"), np.float32(np.nan))  # NaN stops the run
 
 
 def allowed(space: spaces.Space, mask: Any, there: np.ndarray, xp: ModuleType) -> Array:
@@ -1284,10 +1285,10 @@ def numbers(values: Any, needed: Array, what: str, team: Team, xp: ModuleType) -
 
 
 def missing(found: list, needed: Array, what: str, team: Team) -> list[int]:
-    """Returns which agents' parts are missing, on the device none. Raises: InputError if needed."""
+    """Returns which agents' parts are missing. Raises: InputError if needed, or on the device."""
     gaps = [i for i, x in enumerate(found) if x is None]
     for i in gaps:
-        if needed[i]:
+        if isinstance(needed, Array) or needed[i]:  # on the device it is for good
             raise InputError(f"agent {team.names[i]} is shown no {what}")
     return gaps
 
@@ -1428,10 +1429,14 @@ class HostTeam(gymnasium.Wrapper):
 
 
 @contextmanager
-def deaths_named(vector: gymnasium.vector.VectorEnv) -> Iterator[None]:
-    """In this block, RuntimeError says with which exit codes processes of environments died."""
+def called_upon(vector: gymnasium.vector.VectorEnv) -> Iterator[None]:
+    """In this block of environments' own, RuntimeError says with which exit codes they died.
+
+    What they compute with JAX has the precision that it has elsewhere.
+    """
     try:
-        yield
+        with jax.enable_x64(False):
+            yield
     except (EOFError, ConnectionError) as error:
         workers = getattr(vector, "processes", [])
         multiprocessing.connection.wait([x.sentinel for x in workers], timeout=5)
@@ -1467,14 +1472,14 @@ def make_host(args: Args, env_seeds: list[int]) -> Environment:
         return TimeStep(**shown | {name: shown[name] > 0 for name in boolean})
 
     def host_step(action: Array) -> TimeStep:
-        with deaths_named(vector):
+        with called_upon(vector):
             shown, *_ = vector.step(np.asarray(action).reshape(size, *team.action_space.shape))
         return by_seed(shown)
 
     def step(env_state: tuple, action: Array) -> tuple[tuple, TimeStep]:
         return env_state, io_callback(host_step, shapes, action, ordered=True)
 
-    with deaths_named(vector):
+    with called_upon(vector):
         shown, _ = vector.reset(seed=env_seeds)
     first = by_seed(shown)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), first)

@@ -102,6 +102,14 @@ class Empty(Counter):
         return (obs, (inner, state[1]), *rest)
 
 
+class Sloppy(Counter):
+    """Its rewards and ends have an axis of length 1, and its info is text."""
+
+    def step(self, key, state, action):
+        obs, state, reward, terminated, ended, _ = super().step(key, state, action)
+        return obs, state, reward[None], terminated[None], ended[None], {"why": "none"}
+
+
 class Wide(Counter):
     """Steps return a wider observation than resets."""
 

@@ -245,14 +245,15 @@ class Slow(Counter):
 
 
 class Computed(Counter):
-    """Counts with JAX, from the moment it is made."""
+    """Counts with JAX, from the moment it is made, in the precision that JAX has by itself."""
 
     def __init__(self):
         super().__init__()
-        self.scale = 1 / jnp.float32(self.length)
+        self.scale = 1 / jnp.asarray(float(self.length))
 
     def obs(self):
-        return np.asarray(jnp.array([self.count, self.length]) * self.scale, np.float32)
+        assert jnp.zeros(1).dtype == self.scale.dtype == np.float32
+        return np.asarray(jnp.array([self.count, self.length]) * self.scale)
 
 
 class Needy(Counter):
@@ -296,13 +297,14 @@ class Corridor(Counter):
 class Masked(Counter):
     """Of three choices, the one whose turn it is, is masked, and raises when it is taken.
 
-    kind: "info" and "key" say where the mask is; "box" and "short" are wrong.
+    kind: "info" and "key" say where the mask is; "box", "short", and where it is not always in the
+    info, "late" and "once", are wrong.
     """
 
     def __init__(self, kind):
         super().__init__(space=Box(-1, 1, (1,)) if kind == "box" else spaces.Discrete(3))
         self.kind = kind
-        if kind != "info":
+        if kind in ("key", "box", "short"):
             mask = spaces.MultiBinary(2 if kind == "short" else 3)
             self.observation_space = spaces.Dict(flat=Box(-np.inf, np.inf, (2,)), action_mask=mask)
 
@@ -312,19 +314,20 @@ class Masked(Counter):
         return found
 
     def obs(self):
-        if self.kind == "info":
+        if self.kind in ("info", "late", "once"):
             return super().obs()
         return {"flat": super().obs(), "action_mask": self.mask()}
 
     def reset(self, *, seed=None, options=None):
         obs, info = super().reset(seed=seed)
-        return obs, info | ({"action_mask": self.mask()} if self.kind == "info" else {})
+        more = {"action_mask": self.mask()} if self.kind in ("info", "once") else {}
+        return obs, info | more
 
     def step(self, action):
-        if action == self.count % 3:
+        if action == self.count % 3 and self.kind in ("info", "key"):
             raise ValueError("this choice is masked")
         obs, reward, terminated, truncated, info = super().step(action)
-        more = {"action_mask": self.mask()} if self.kind == "info" else {}
+        more = {"action_mask": self.mask()} if self.kind in ("info", "late") else {}
         return obs, reward, terminated, truncated, info | more
 
 
@@ -428,6 +431,8 @@ for name, entry, settings in (
     ("Discrete-v0", Counter, {"space": spaces.Discrete(3)}),
     ("Masked-info-v0", Masked, {"kind": "info"}),
     ("Masked-key-v0", Masked, {"kind": "key"}),
+    ("Masked-late-v0", Masked, {"kind": "late"}),
+    ("Masked-once-v0", Masked, {"kind": "once"}),
     ("Masked-box-v0", Masked, {"kind": "box"}),
     ("Masked-short-v0", Masked, {"kind": "short"}),
     ("Pair-v0", Pair, {}),

@@ -81,6 +81,11 @@ def test_images_are_scaled_by_their_bounds(atari, icm, said, shown, high, bright
         assert obs.max() == seen and obs.dtype == ("uint8" if said == "uint8" else "float32")
 
 
+def test_a_mask_of_a_step_is_an_error(atari):
+    with pytest.raises(Exception, match=r"has an action_mask: use ppo_icm_lstm\.py"):
+        play(atari, "scripted:Masked-late-v0", 16)
+
+
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
 def test_images_that_are_not_of_their_space(atari, icm, vectorization):
     """Bytes that were said to be small numbers, and small numbers that were said to be bytes."""

@@ -141,6 +141,17 @@ def test_an_action_is_of_its_space(ppo, name):
         assert t.action.min() < -3 and t.action.max() > 3
 
 
+def test_an_open_end_of_whole_numbers_is_no_bound(ppo, icm, team):
+    """Its number is the largest of the dtype, to which nothing is scaled."""
+    space = gymnasium.spaces.Box(0, np.inf, (1,), np.int64)
+    action = np.array([[3.4], [-2.0]], np.float32)
+    for script in (ppo, icm):
+        found = script.env_action(action, space, script.Args())
+        np.testing.assert_array_equal(found, [[3], [0]])
+    joint = team.joint_action_space([space, space])
+    np.testing.assert_array_equal(team.env_action(action, joint, team.Args()), action)
+
+
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
 @pytest.mark.parametrize("shape", ["[]", "[1]", "[1, 1]"])
 def test_what_is_nearly_right_is_taken(ppo, icm, vectorization, shape):

@@ -887,6 +887,12 @@ def test_a_bad_flag_is_named(icm, capsys, flags, said):
     assert said in seen or said.removeprefix("--").replace("-", "_") in seen
 
 
+@pytest.mark.parametrize("kind", ["late", "once"])
+def test_a_mask_that_is_not_always_there_is_an_error(icm, kind):
+    with pytest.raises(Exception, match="has an action_mask"):
+        play(icm, f"scripted:Masked-{kind}-v0", 16)
+
+
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
 def test_augmented_observations(icm, vectorization):
     """The original and its mirror image: both are rows, with the original's advantage."""

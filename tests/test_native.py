@@ -46,6 +46,13 @@ def test_a_reset_that_writes_whole_numbers(ppo, zero):
     np.testing.assert_array_equal(t.episodic_return[t.done > 0], 9)
 
 
+def test_what_is_nearly_right_in_jax_is_taken(ppo):
+    """Rewards and ends with an axis of length 1, an info of text."""
+    plain, _ = play(ppo, COUNTER, 9)
+    sloppy, _ = play(ppo, "jax:jax_tasks:Sloppy", 9)
+    jax.tree.map(np.testing.assert_array_equal, sloppy, plain)
+
+
 def test_a_film_shows_each_step(tmp_path, ppo):
     """Also where an environment draws all of them into the same picture."""
     args = ppo.Args(env_id="jax:jax_tasks:Painted", run_dir=str(tmp_path), mode="eval")
@@ -74,6 +81,7 @@ def test_env_kwargs_reach_factories_and_parameters(ppo):
 
 BAD = [
     ("jax:jax_tasks:Wide", "a step returns shapes"),
+    ("jax:jax_tasks:Narrow", "and its space is"),
     ("jax:jax_tasks:Choices", "is no Box of actions"),
     ("jax:jax_tasks:Typed", "typed key"),
     ("jax:no_such_module:make", "No module named 'no_such_module'"),
