@@ -2118,9 +2118,11 @@ def env_action(action: Array, space: spaces.Space, args: Args) -> Array:
     dtype = action_dtype(space)
     least, most = space.low, space.high
     if np.issubdtype(dtype, np.integer):
-        action = jnp.rint(action)
         least, most = np.clip([least, most], np.iinfo(dtype).min, np.iinfo(dtype).max)
-    return jnp.clip(jnp.clip(action, low, high).astype(dtype), least, most)
+    if not np.issubdtype(dtype, np.floating):
+        action = jnp.rint(action)
+    action = jnp.clip(action, low, high).astype(dtype)
+    return jnp.clip(action, least, most) if dtype != np.bool_ else action
 
 
 # --- Rollout ---
