@@ -96,7 +96,7 @@ MUTANTS = [
     ("env_step", "(learner.key, 2 * learner.iteration)", "(learner.key, 1 + learner.iteration)"),
     ("env_action", "np.where(space.bounded_below & (low > -1e30), low, -np.inf)", "low"),
     ("env_action", "jnp.rint(action)", "jnp.trunc(action)"),
-    ("env_action", "return jnp.clip(action, space.low, space.high)", "return action"),
+    ("env_action", "return jnp.clip(action, least, most) if", "return action if"),
     ("env_action", "np.isfinite(low) & np.isfinite(high)", "np.isfinite(low)"),
 ]
 
