@@ -68,10 +68,12 @@ def check_line(script, line):
         return
     assert done.returncode in (0, 2) and "Traceback" not in done.stderr, done.stderr
     if done.returncode == 2:
-        named = [word.removeprefix("--").removeprefix("no-") for word in line if word[:2] == "--"]
+        flags = [name.replace("_", "-") for name in __import__(script).Args.model_fields]
         said = done.stderr.replace("_", "-")
+        fields = [row.strip("│ ").partition(".")[0] for row in said.splitlines()]
+        named = [flag for flag in flags if f"--{flag}" in said or flag in fields]
         surplus = "Unrecognized options" in said  # tyro's word for a number too many
-        assert surplus or any(name in said for name in named), done.stderr
+        assert named or surplus, done.stderr
 
 
 DRAWN = {  # without shrinking, as each example takes seconds
@@ -82,20 +84,10 @@ DRAWN = {  # without shrinking, as each example takes seconds
 }
 
 
+@pytest.mark.parametrize("examples", [4, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("script", [x.stem for x in SCRIPTS])
-def test_any_command_line(script):
-    @settings(max_examples=4, **DRAWN)
-    @given(lines(script))
-    def check(line):
-        check_line(script, line)
-
-    check()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("script", [x.stem for x in SCRIPTS])
-def test_any_of_many_command_lines(script):
-    @settings(max_examples=200, **DRAWN)
+def test_any_command_line(script, examples):
+    @settings(max_examples=examples, **DRAWN)
     @given(lines(script))
     def check(line):
         check_line(script, line)
