@@ -38,6 +38,16 @@ class Counter:
         return jnp.stack([state.time.astype(jnp.float32), state.start])
 
 
+class Lottery(Counter):
+    """Earns 6 and what its start was; that is solved from 6.5 on, about half of the time."""
+
+    threshold = 6.5
+
+    def step(self, key, state, action):
+        obs, state, reward, *rest = super().step(key, state, action)
+        return obs, state, reward + state.start * (state.time == self.length), *rest
+
+
 class Rounded(Counter):
     """Its actions are whole numbers; the reward is the action."""
 

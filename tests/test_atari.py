@@ -549,7 +549,7 @@ def test_images_have_no_statistics(atari):
     assert metrics["rollout/obs"].size <= 10 * 1000
 
 
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "gymnasium:CartPole-v1", "Pong-v5"])
+@pytest.mark.parametrize("env_id", ["gymnasium:CartPole-v1", "Pong-v5"])
 def test_policies_act_on_an_accelerator(atari, env_id, monkeypatch):
     """They do there what they do beside the environments; of two seeds, two learners in a row."""
     small = {"num_envs": 2, "num_seeds": 2, "num_steps": 6}
@@ -586,16 +586,14 @@ def test_where_policies_act(atari, monkeypatch):
 
 
 # --- Runs ---
-def test_pixels_train_resume_and_play(tmp_path, atari):
-    """Two iterations of Pong, a third, an evaluation with a film in the game's colours."""
+def test_pixels_train_and_play(tmp_path, atari):
+    """Two iterations of Pong, an evaluation with a film in the game's colours, a policy."""
     line = ["--env-id", "Pong-v5", "--num-envs", "2", "--num-steps", "8", "--num-minibatches", "2"]
     run = partial(execute, cwd=tmp_path, env=environment())
     script = ["python", atari.__spec__.origin]
-    for steps in (32, 48):
-        train = [*script, *line, "--total-timesteps", str(steps), "--run-dir", "a"]
-        done = run(train)
-        assert done.returncode == 0, done.stderr
-        assert result(tmp_path / "a")["timesteps"] == steps
+    done = run([*script, *line, "--total-timesteps", "32", "--run-dir", "a"])
+    assert done.returncode == 0, done.stderr
+    assert result(tmp_path / "a")["timesteps"] == 32
     played = ["--mode", "eval", "--run-dir", "a", "--eval-episodes", "1", "--eval-steps", "20"]
     done = run([*script, *played, "--video"])
     assert done.returncode == 0, done.stderr

@@ -487,7 +487,7 @@ def test_agent_of_the_readme():
     names = {}
     exec(
         short.replace(
-            "batch_size=512", "batch_size=64, num_updates=5, init_updates=20, capacity=1300"
+            "batch_size=512", "batch_size=64, num_updates=5, init_updates=20, capacity=170"
         ),
         names,
     )
@@ -498,7 +498,7 @@ def test_agent_of_the_readme():
     first = agent.act(names["obs"], deterministic=True)
     np.testing.assert_array_equal(first, agent.act(names["obs"], deterministic=True))
     assert first.shape == (1,) and abs(first[0]) <= 1
-    for _ in range(1400):
+    for _ in range(171):
         agent.memorize(names["obs"], first, 0.0, names["obs"], False, False)
     with pytest.raises(ValueError, match="capacity"):
         agent.update_with_memorized()

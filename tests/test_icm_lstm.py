@@ -302,8 +302,7 @@ def test_memory_over_resets_and_bootstraps(icm):
     np.testing.assert_allclose(advantage, wanted, **CLOSE)
 
 
-@pytest.mark.parametrize("recurrence", ["lstm", "gru"])
-@pytest.mark.parametrize("length", [1, 4, 16])
+@pytest.mark.parametrize(("recurrence", "length"), [("lstm", 1), ("lstm", 4), ("gru", 16)])
 @in_double
 def test_sequences_are_the_whole(icm, recurrence, length):
     """An unchanged policy says of every sequence what it said of the whole rollout, over resets."""

@@ -1,5 +1,6 @@
 """Runs as users make them: repeated, resumed, spread over seeds, cores and processes, loaded."""
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, SCRIPTS, SMALL, command, environment
+from conftest import ROOT, SCRIPTS, SMALL, TASKS, command, environment, load
 from gymnasium.spaces import Box
 from processes import execute
 from runs import assert_same, result, run_in_two_processes, run_on_cores, scalars
@@ -60,22 +61,98 @@ def test_resumed_equals_never_stopped(run, trained, tmp_path, script):
 
 @pytest.mark.costly
 def test_seeds_devices_and_processes_compute_what_one_does(run, tmp_path, script):
-    """On the host: seed k of S, idle cores, two processes, another device than environments'."""
+    """On the host: a member of a grid, idle cores, two processes."""
     flags = ["--env-id", "Pendulum-v1", "--num-envs", 4, "--total-timesteps", 768]
     # Statistics of returns would start from different episodes' sums, to rounding
     flags += ["--no-norm-reward"] if script != "ppo_cma" else []
-    run(script, *flags, "--run-dir", "one")
-    run(script, *flags, "--seed", 0, "--num-seeds", 2, "--run-dir", "batch")
-    run_on_cores(tmp_path, script, 2, *flags, "--run-dir", "cores")
-    run_in_two_processes(tmp_path, script, *flags, "--run-dir", "processes")
+    one = [*flags, "--gamma", 0.9, "--clip-coef", 0.1, "--learning-rate", 2e-3]
+    grid = ["--grid", "learning_rate=2e-3,1e-3", "gamma:clip_coef=0.99:0.2,0.9:0.1"]
+    run(script, *one, "--run-dir", "one")
+    run(script, *flags, *grid, "--seed", 0, "--num-seeds", 2, "--run-dir", "grid")
+    run_on_cores(tmp_path, script, 2, *one, "--run-dir", "cores")
+    run_in_two_processes(tmp_path, script, *one, "--run-dir", "processes")
     for other in ("cores", "processes"):
         assert_same(tmp_path / "one", tmp_path / other, rtol=2e-4, atol=2e-5)
-    lone, batch = scalars(tmp_path / "one"), scalars(tmp_path / "batch/seed1")
-    assert lone.keys() == batch.keys() and scalars(tmp_path / "batch/seed0") != batch
-    for name in lone:
-        np.testing.assert_allclose(lone[name], batch[name], rtol=5e-3, atol=1e-3, err_msg=name)
-    run(script, "--mode", "eval", "--run-dir", "batch", "--eval-episodes", 2)
-    assert [row["episodes"] for row in result(tmp_path / "batch")["eval_return"]] == [2, 2]
+    name = "learning_rate={},gamma={},clip_coef={},seed{}".format
+    others = [name(0.002, 0.9, 0.1, 0), name(0.002, 0.99, 0.2, 1), name(0.001, 0.9, 0.1, 1)]
+    lone, same, *others = [
+        scalars(tmp_path / folder)
+        for folder in ("one", f"grid/{name(0.002, 0.9, 0.1, 1)}", *(f"grid/{x}" for x in others))
+    ]
+    assert lone.keys() == same.keys() and same not in others
+    for tag in lone:
+        np.testing.assert_allclose(lone[tag], same[tag], rtol=5e-3, atol=1e-3, err_msg=tag)
+    run(script, "--mode", "eval", "--run-dir", "grid", "--eval-episodes", 2)
+    found = result(tmp_path / "grid")
+    assert [row["episodes"] for row in found["eval_return"]] == [2] * 8
+    assert found["members"][3] == {
+        "learning_rate": 0.002,
+        "gamma": 0.9,
+        "clip_coef": 0.1,
+        "seed": 1,
+    }
+
+
+def test_a_member_begins_as_a_lone_run(script):
+    """Also where the learning rate has a part in its beginning."""
+    module = load(ROOT / f"{script}.py")
+    env_id = TASKS.get(script, {}).get("gymnax/Pendulum-v1", "gymnax/Pendulum-v1")
+    small = {"env_id": env_id, "num_envs": 2, "num_steps": 8, "num_minibatches": 1}
+    if script == "ppo_cma":
+        small = {"env_id": env_id, "num_envs": 2, "num_steps": 8, "init_updates": 9}
+    settings = small | {"total_timesteps": 16}
+    args = module.Args(**settings, num_seeds=2, grid=("learning_rate:gamma=1e-3:0.9,1e-2:0.8",))
+    lone = module.Args(**settings, seed=2, learning_rate=1e-2, gamma=0.8)
+    found, expected = module.make_run(args), module.make_run(lone)
+    for ours, theirs in ((found.init(), expected.init()), (found.env.first, expected.env.first)):
+        for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            np.testing.assert_allclose(x[3], y[0], rtol=1e-5, atol=1e-6)
+
+
+def test_solved(run, tmp_path):
+    """From the first look on at which 100 episodes have earned the threshold, also resumed."""
+    flags = ["--env-id", "jax:jax_tasks:Lottery", "--run-dir", "a", "--checkpoint-interval", 1]
+    done = run("ppo_continuous", *flags, "--num-seeds", 2, "--total-timesteps", 64 * 30)
+    steps = result(tmp_path / "a")["solved_at"]
+    returns = scalars(tmp_path / "a/seed2")["charts/episodic_return_100"]
+    episodes = dict(scalars(tmp_path / "a/seed2")["charts/episodes"])
+    passed = [step for step, mean in returns if mean >= 6.5 and episodes[step] >= 100]
+    assert steps[1] == passed[0] > returns[0][0]
+    assert done.stderr.count("the last 100 episodes earned 6.5") == 2
+    flags[3], early = "b", ["--stop-when-solved"]
+    run("ppo_continuous", *flags, "--seed", 2, *early, "--total-timesteps", 64 * 5)
+    assert result(tmp_path / "b")["solved_at"] == [None]
+    again = run("ppo_continuous", *flags, "--seed", 2, *early, "--total-timesteps", 64 * 30)
+    found = result(tmp_path / "b")
+    assert found["finished"] and found["solved_at"] == [found["timesteps"]] == steps[1:]
+    again = run("ppo_continuous", *flags, "--seed", 2, *early, "--total-timesteps", 64 * 30)
+    assert "is finished" in again.stdout
+
+
+def test_weights_and_biases(run, tmp_path):
+    """They get what TensorBoard gets; who has them not is told in a line."""
+    flags = ["--env-id", "gymnax/Pendulum-v1", "--num-seeds", 2, "--track", "--run-dir", "a"]
+    if importlib.util.find_spec("wandb") is None:
+        done = run("ppo_continuous", *flags, check=False)
+        assert done.returncode == 2 and "--track: pip install wandb" in done.stderr
+        return
+    line = command("ppo_continuous", *SMALL["ppo_continuous"], *flags)
+    subprocess.run(line, cwd=tmp_path, env=environment(WANDB_MODE="offline"), check=True)
+    (log,) = (tmp_path / "a").glob("wandb/offline-run-*/*.wandb")
+    for tag in scalars(tmp_path / "a/seed2"):
+        assert f"seed2/{tag}".encode() in log.read_bytes()
+
+
+def test_a_window(trained, run, tmp_path):
+    """Where there is no display, a line says so."""
+    flags = ["--env-id", "gymnasium:Pendulum-v1", "--run-dir", "a"]
+    run("ppo_continuous", *flags)
+    line = command("ppo_continuous", "--mode", "eval", *flags, "--eval-episodes", 1, "--render")
+    shown = execute(line, tmp_path, environment(SDL_VIDEODRIVER="dummy"))
+    assert shown.returncode == 0 and "an episode of 200 steps: return -" in shown.stdout
+    none = execute(line, tmp_path, environment(SDL_VIDEODRIVER="x11", DISPLAY=""))
+    assert none.returncode == 2 and "--render: " in none.stderr.splitlines()[-1]
+    assert not (tmp_path / "a/videos").exists()
 
 
 @pytest.mark.costly
@@ -231,10 +308,8 @@ def test_learns_a_delayed_reward(run, tmp_path):
 
 def test_cma_learns_mountain_car(run, tmp_path):
     """The bare command, six iterations: doing nothing earns 0, the first policy 40 to 70."""
-    flags = ["--num-seeds", 2, "--total-timesteps", 24_000, "--run-dir", "a"]
-    run("ppo_cma", *flags, learns=True)
-    for seed in (1, 2):
-        assert scalars(tmp_path / f"a/seed{seed}")["charts/episodic_return"][-1][1] > 80
+    run("ppo_cma", "--total-timesteps", 24_000, "--run-dir", "a", learns=True)
+    assert scalars(tmp_path / "a")["charts/episodic_return"][-1][1] > 80
 
 
 SWITCHES = [
