@@ -1224,6 +1224,20 @@ def as_number(x: np.ndarray) -> np.ndarray:
     return x if x.dtype == np.uint8 else x.astype(np.float32)
 
 
+def require_exact(obs: Any, space: spaces.Space) -> None:
+    """Raises: ValueError where an observation's numbers are others in its space's whole numbers."""
+    if isinstance(space, spaces.Dict):
+        for key, part in space.items():
+            require_exact(obs[key], part)
+    elif isinstance(space, spaces.Tuple):
+        for x, part in zip(obs, space, strict=True):
+            require_exact(x, part)
+    elif getattr(obs, "dtype", None) != space.dtype and np.issubdtype(space.dtype, np.integer):
+        exact = np.array_equal(np.asarray(obs).astype(space.dtype), obs)
+        if not exact:
+            raise ValueError(f"an observation has numbers that {space} cannot hold")
+
+
 class PlainStep(gymnasium.Wrapper):
     """An environment whose rewards are numbers and whose infos are nobody's business.
 
@@ -1238,6 +1252,7 @@ class PlainStep(gymnasium.Wrapper):
 
     def reset(self, **options: Any) -> tuple[Any, dict]:
         obs, info = self.env.reset(**options)
+        require_exact(obs, self.observation_space)
         others = "action_mask" in info or self.env.has_wrapper_attr("augment_observation")
         return obs, {"others": others}
 
@@ -1247,6 +1262,7 @@ class PlainStep(gymnasium.Wrapper):
             raise ValueError("info has an action_mask: use ppo_icm_lstm.py")
         lasting = bool(terminated and info.get("non-terminal done", False))
         reward = np.asarray(reward).item()
+        require_exact(obs, self.observation_space)
         return obs, reward, terminated and not lasting, truncated or lasting, {}
 
 
@@ -1272,15 +1288,18 @@ def make_gymnasium(args: Args, env_seeds: list[int]) -> Environment:
     # A fork of this process could not use JAX itself. In shared memory, floats of an image that
     # is said to be of bytes become zeros, silently
     clean = {"context": "forkserver", "shared_memory": False}
-    with jax.enable_x64(False):
-        vector = gymnasium.make_vec(
-            args.env_id,
-            num_envs=size,
-            vectorization_mode=args.vectorization,
-            vector_kwargs=clean if args.vectorization == "async" else {},
-            wrappers=[partial(PlainStep, trainer=os.getpid())],
-            **json.loads(args.env_kwargs),
-        )
+    try:
+        with jax.enable_x64(False):
+            vector = gymnasium.make_vec(
+                args.env_id,
+                num_envs=size,
+                vectorization_mode=args.vectorization,
+                vector_kwargs=clean if args.vectorization == "async" else {},
+                wrappers=[partial(PlainStep, trainer=os.getpid())],
+                **json.loads(args.env_kwargs),
+            )
+    except (ModuleNotFoundError, gymnasium.error.UnregisteredEnv) as error:
+        raise InputError(f"--env-id {args.env_id}: {error}") from error
     space = vector.single_observation_space
     actions = vector.single_action_space
     with called_upon(vector):
@@ -1352,7 +1371,10 @@ def open_gymnax(name: str, kwargs: dict) -> Task:
 def open_own(name: str, kwargs: dict) -> Any:
     """Returns what a user's factory, "module:function", makes: a Task's like, or gymnax's."""
     module, _, function = name.partition(":")
-    env = getattr(importlib.import_module(module), function)(**kwargs)
+    factory = getattr(importlib.import_module(module), function, None)
+    if factory is None:
+        raise InputError(f"--env-id jax:{name}: {module} has no function {function or 'named'}")
+    env = factory(**kwargs)
     if hasattr(env, "step_env"):
         return gymnax_task(env, env.default_params)
     own = {name: getattr(env, name) for name in Task._fields if hasattr(env, name)}
@@ -2221,6 +2243,8 @@ def load(
         with beside_environments(args):
             key = jax.random.PRNGKey(random.integers(2**31))
             numbers = flat(obs, run.env.observation_space)
+            if not all_finite(numbers):
+                raise InputError("an observation is not finite, or not of its space")
             batch = numbers.shape[: numbers.ndim - axes]
             rows = numbers.reshape(-1, *numbers.shape[len(batch) :])
             return np.asarray(act(rows, key, deterministic)).reshape(batch)

@@ -1473,7 +1473,11 @@ class HostTeam(gymnasium.Wrapper):
     def show(self, obs: Any, reward: Any, terminated: Any, truncated: Any, info: dict) -> dict:
         """Returns a TimeStep as a dict."""
         own = {k: x["action_mask"] for k, x in info.items() if has_mask(x)}
-        read = {k: info[k] for k in ("alive", "state", "measure", "action_mask") if k in info}
+        known = {"alive", "state", "measure", "action_mask"}.difference(self.team.names)
+        read = {k: info[k] for k in known if k in info}
+        for name in ("state", "measure"):  # others may use these words, too
+            if name in read and np.asarray(read[name]).dtype.kind not in "biuf":
+                del read[name]
         shown = Shown(obs, reward, terminated, truncated, {"action_mask": own} | read)
         time_step, self.presence = pack(shown, self.presence, self.team, np)
         return {name: np.asarray(x, np.float32) for name, x in time_step._asdict().items()}
@@ -1498,9 +1502,14 @@ def called_upon(vector: gymnasium.vector.VectorEnv) -> Iterator[None]:
 def open_host(env_id: str, kwargs: dict, trainer: int) -> HostTeam:
     """Returns PettingZoo's module of an id pettingzoo/module, or Gymnasium's environment."""
     library, _, module = env_id.partition("/")
-    if library == "pettingzoo":
-        return HostTeam(Parallel(module, **kwargs), trainer)
-    return HostTeam(gymnasium.make(env_id, disable_env_checker=True, **kwargs), trainer)
+    try:
+        if library == "pettingzoo":
+            env = Parallel(module, **kwargs)
+        else:
+            env = gymnasium.make(env_id, disable_env_checker=True, **kwargs)
+    except (ModuleNotFoundError, gymnasium.error.UnregisteredEnv) as error:
+        raise InputError(f"--env-id {env_id}: {error}") from error
+    return HostTeam(env, trainer)
 
 
 def make_host(args: Args, env_seeds: list[int]) -> Environment:
@@ -1768,7 +1777,10 @@ def open_jaxmarl(name: str, kwargs: dict, scenario: str) -> Task:
 def open_own(name: str, kwargs: dict, _: str) -> Task:
     """Returns what a user's factory, "module:function", makes: own_task's kind, or JaxMARL's."""
     module, _, function = name.partition(":")
-    env = getattr(importlib.import_module(module), function)(**kwargs)
+    factory = getattr(importlib.import_module(module), function, None)
+    if factory is None:
+        raise InputError(f"--env-id jax:{name}: {module} has no function {function or 'named'}")
+    env = factory(**kwargs)
     return jaxmarl_task(env) if hasattr(env, "step_env") else own_task(env)
 
 
@@ -2652,6 +2664,8 @@ def load(
         masks = [action_mask] if alone else action_mask or [None] * len(every)
         shown = [show(*x) for x in zip(every, masks, strict=True)]
         shown = jax.tree.map(lambda *x: np.stack(x)[None], *shown)  # [1, B, A, ...]
+        if not all_finite(shown.obs):
+            raise InputError("an observation is not finite, or not of its space")
         if memory is None:
             memory = empty_memory(shown.alive.shape, args)
         with beside_environments(args):

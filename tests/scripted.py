@@ -82,6 +82,20 @@ class Table(Counter):
         return np.full((5, 5, 1), self.count, np.float32)
 
 
+class Narrow(Counter):
+    """Shows a large whole number where it said a small one, from its third step on."""
+
+    def __init__(self, shown=300):
+        super().__init__()
+        self.shown = shown
+        parts = {"small": Box(-128, 127, (1,), np.int8), "count": spaces.Discrete(9)}
+        self.observation_space = spaces.Dict(parts)
+
+    def obs(self):
+        small = self.shown if self.count == 3 else 5
+        return {"small": np.array([small]), "count": self.count}
+
+
 class Picture(Counter):
     """Shows a picture, dark above and bright below, of a dtype and with a bound that it says."""
 
@@ -417,6 +431,7 @@ for name, entry, settings in (
     ),
     ("StrictHalf-v0", Strict, {"space": Box(-0.1, 0.3, (2, 1), np.float16)}),
     ("StrictWhole-v0", Strict, {"space": Box(-3, 4, (2,), np.int8)}),
+    ("Narrow-v0", Narrow, {}),
     ("Odd-v0", Odd, {}),
     ("Integers-v0", Integers, {}),
     ("Broken-v0", Broken, {}),

@@ -92,7 +92,7 @@ def test_images_that_are_not_of_their_space(atari, icm, vectorization):
     for script in (atari, icm):
         with pytest.raises(script.InputError, match="up to 255, and its space is"):
             picture(script, vectorization, "float32", "uint8", 1, 255)
-        with pytest.raises(Exception, match="same_kind"):
+        with pytest.raises(Exception, match="an observation has numbers that Box"):
             picture(script, vectorization, "uint8", "float32", 255, 0.9)
 
 

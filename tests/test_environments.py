@@ -130,6 +130,15 @@ def test_a_choice_that_is_none_is_no_number(ppo):
     assert np.isnan(t.obs[4, :, 2:]).all() and np.isfinite(t.obs[:4]).all()
 
 
+def test_whole_numbers_are_not_wrapped(ppo):
+    """Those of 64 bits that fit are taken, others end the run; NumPy would make 300 a 44."""
+    t, _ = play(ppo, "scripted:Narrow-v0", 6, env_kwargs='{"shown": -7}')
+    assert t.obs[3, 0, -1] == -7
+    for vectorization in ("sync", "async"):
+        with pytest.raises(Exception, match="an observation has numbers that Box"):
+            play(ppo, "scripted:Narrow-v0", 6, vectorization=vectorization)
+
+
 STRICT = ["Strict", "StrictSides", "StrictHalf", "StrictWhole"]
 
 

@@ -238,7 +238,7 @@ def test_a_trained_policy_acts_as_in_an_evaluation(trained, run, tmp_path, scrip
     np.testing.assert_allclose(batch[[0, 2]], [one, one], rtol=1e-6)
     samples = {policy(np.array([0.5, 1.0]), deterministic=False).item() for _ in range(20)}
     assert samples == {0, 1} if script == "ppo_atari" else len(samples) > 2
-    with pytest.raises(ValueError, match="no seed 9"):
+    with pytest.raises(ValueError, match=r"has no \{'seed': 9\}"):
         module.load(folder, seed=9)
     with pytest.raises(ValueError, match="holds no run"):
         module.load(tmp_path / "nowhere")
@@ -264,6 +264,8 @@ def test_a_loaded_action_is_inside_of_its_space(run, tmp_path, script):
     for _ in range(10):
         action = policy([0.5, 1], deterministic=False)
         assert action.dtype == np.float64 and space.contains(action)
+    with pytest.raises(ValueError, match="an observation is not finite"):
+        policy([0.5, np.nan])
 
 
 def test_an_agent_goes_on_from_a_run(trained, cma):
