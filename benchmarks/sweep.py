@@ -313,16 +313,19 @@ def local_workers(workers: int, jobs: int) -> Iterator[Callable]:
 
 
 class OnNode:
-    """run_job as submitit calls it; when a job's time is up it is saved, and goes on later."""
+    """run_job as submitit calls it; a job that Slurm ends has saved, and goes on when requeued."""
 
     def __init__(self) -> None:
         self.processes = []
 
     def __call__(self, job: Job) -> int:
-        return run_job(job, {}, self.processes)
+        code = run_job(job, {}, self.processes)
+        if code == 128 + signal.SIGTERM:
+            sys.exit(code)  # submitit takes what is returned for a job's end
+        return code
 
     def checkpoint(self, job: Job) -> Any:
-        """Returns what is queued again."""
+        """Returns what submitit queues again as a job's time is up."""
         import submitit
 
         stop(self.processes)
@@ -347,7 +350,8 @@ def cluster(name: str, suite: str, folder: Path, settings: dict[str, Any]) -> It
                 found[job.name] = submitit.SlurmJob(executor.folder, path.read_text())
         new = [job for job in jobs if job.name not in found]
         forget(new)
-        for job, task in zip(new, executor.map_array(OnNode(), new), strict=True):
+        submitted = executor.map_array(OnNode(), new) if new else []
+        for job, task in zip(new, submitted, strict=True):
             job.folder.mkdir(parents=True, exist_ok=True)
             (job.folder / "slurm_id").write_text(task.job_id)
             found[job.name] = task
