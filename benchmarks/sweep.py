@@ -195,7 +195,7 @@ def last_words(job: Job, task: Any) -> str:
     """Returns the last line of a failed job's output; of an error in a box the first one."""
     log = log_of(job)
     if not log.exists():
-        return str(task.exception())
+        return str(task.exception()).strip().rpartition("\n")[2]
     text = log.read_text().strip()
     if text.endswith("╯"):
         return text.rpartition("╭")[2].splitlines()[1].strip("│ ")
@@ -256,7 +256,7 @@ def find_gpus() -> list[str]:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
     except FileNotFoundError:
         return []
-    return [str(number) for number, _ in enumerate(listed.splitlines())]
+    return re.findall(r"^GPU (\d+):", listed, re.MULTILINE)
 
 
 def make_shares(workers: int, jobs: int) -> list[Share]:
@@ -410,25 +410,24 @@ def make_table(rows: list[Row]) -> Table:
 
 def follow(jobs: list[Job], tasks: dict[str, Any], console: Console) -> None:
     """Shows how jobs are, in a table or in lines, until those that were started are over."""
-    said, began = {}, {}
+    rows, began = {}, {}
     live = Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext()
     over = False
     with live as shown:
         while not over:
             over = all(task.done() for task in tasks.values())
-            rows = []
             for job in jobs:
+                before = rows.get(job.name)
+                if before and before.state in ("done", "failed"):
+                    continue
                 if log_of(job).exists():
                     began.setdefault(job.name, time.time())
-                rows.append(row_of(job, tasks.get(job.name), began.get(job.name, time.time())))
+                row = row_of(job, tasks.get(job.name), began.get(job.name, time.time()))
+                if not shown and row.state != (before.state if before else "waiting"):
+                    print(f"{row.run}: {', '.join(filter(None, row[1:]))}", flush=True)
+                rows[job.name] = row
             if shown:
-                shown.update(make_table(rows), refresh=True)
-            for row in rows if not shown else ():
-                if said.get(row.run) != row.state:
-                    print(
-                        *filter(None, (f"{row.run}: {row.state}", *row[2:])), sep=", ", flush=True
-                    )
-                said[row.run] = row.state
+                shown.update(make_table(list(rows.values())), refresh=True)
             time.sleep(0 if over else 1)
 
 
@@ -439,7 +438,9 @@ def complete(jobs: list[Job], start: Callable, console: Console) -> list[Job]:
     follow(jobs, tasks, console)
     failed = [job for job in missing if not is_done(job)]
     for job in failed:
-        print(f"{job.name} failed: {last_words(job, tasks[job.name])} ({log_of(job)})")
+        task = tasks[job.name]
+        code = "" if task.exception() else f"exit code {task.result()}, "
+        print(f"{job.name} failed: {last_words(job, task)} ({code}{log_of(job)})")
     return failed
 
 
@@ -596,4 +597,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, description=__doc__)
