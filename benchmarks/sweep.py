@@ -224,7 +224,9 @@ def run_job(job: Job, env: dict[str, str], processes: list[subprocess.Popen]) ->
             log.flush()
             given = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
             given |= {"start_new_session": True}  # only we pass signals on, each once
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})  # submitit's
             process = subprocess.Popen([sys.executable, *line], env=os.environ | env, **given)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             processes.append(process)
             while process.poll() is None:  # in a signal's handler, too
                 time.sleep(0.2)
