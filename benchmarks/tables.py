@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 HERE = Path(__file__).parent
 REFERENCES = tomllib.loads((HERE / "references.toml").read_text())
-RETURN = "charts/episodic_return"  # of the episodes that ended in the logged iterations
+RETURN = "charts/episodic_return_100"  # mean of the last 100 episodes
 LENGTH = "charts/episodic_length"
 SPEED = "charts/SPS"  # of all members of the process
 # Flags of two values that make no other setting: seeds, places, and how a policy is looked at
@@ -44,18 +44,11 @@ def read(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return found
 
 
-def smooth(steps: np.ndarray, values: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """Returns values at the places of a grid, each the mean over 4 % of the steps."""
-    means = []
-    for point in grid:
-        distance = np.abs(steps - point)
-        near = distance <= max(0.02 * steps[-1], distance.min())
-        means.append(values[near].mean())
-    return np.array(means)
+def curves(folders: list[Path], members: int, points: int) -> dict[str, list]:
+    """Returns the curves of some members of a process.
 
-
-def curves(folders: list[Path], points: int) -> dict[str, list]:
-    """Returns the curves of members that trained in one process.
+    Args:
+        members: of the process.
 
     Returns: `steps` [P], `returns` and `lengths` [S, P], and `seconds` [P] since the first step,
         without compilation and pauses; nothing where no episode has ended.
@@ -68,12 +61,11 @@ def curves(folders: list[Path], points: int) -> dict[str, list]:
     grid = np.linspace(first, last, min(points, len(scalars[0][RETURN][0])))
     content = {"steps": grid.tolist()}
     for key, tag in (("returns", RETURN), ("lengths", LENGTH)):
-        smoothed = [smooth(*found[tag], grid) for found in scalars]
-        content[key] = [significant(values) for values in smoothed]
-    steps, speeds = scalars[0][SPEED]
-    spent = np.diff(steps, prepend=0) * len(folders) / np.where(speeds > 0, speeds, np.inf)
-    content["seconds"] = significant(np.interp(grid, steps, np.cumsum(spent)))
-    return content
+        content[key] = [significant(np.interp(grid, *found[tag])) for found in scalars]
+    steps, speeds = scalars[0][SPEED]  # of all members
+    speeds = np.concatenate([[np.median(speeds)], speeds[1:]])  # the first had to compile
+    spent = np.cumsum(members * np.diff(steps, prepend=0) / speeds)
+    return content | {"seconds": significant(np.interp(grid, steps, spent))}
 
 
 def significant(values: Iterable[float], digits: int = 5) -> list[float]:
@@ -82,7 +74,9 @@ def significant(values: Iterable[float], digits: int = 5) -> list[float]:
 
 
 def defaults_of(script: Path) -> dict:
-    """Returns the defaults of a script's flags, from its text."""
+    """Returns the defaults of a script's flags, from its text, if that is there."""
+    if not script.exists():
+        return {}
     for node in ast.parse(script.read_text()).body:
         if isinstance(node, ast.ClassDef) and node.name == "Args":
             fields = [line for line in node.body if isinstance(line, ast.AnnAssign) and line.value]
@@ -91,11 +85,9 @@ def defaults_of(script: Path) -> dict:
 
 
 def literal(node: ast.expr) -> object:
-    """Returns the value of a literal, or None of another expression."""
-    try:
-        value = ast.literal_eval(node)
-    except ValueError:
-        return None
+    """Returns a default as args.json has it."""
+    text = ast.unparse(node)
+    value = "Infinity" if text == "math.inf" else ast.literal_eval(text)
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -104,7 +96,7 @@ def flag(name: str, value: object) -> str:
     dashed = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--{dashed}" if value else f"--no-{dashed}"
-    words = value if isinstance(value, list) else [value]
+    words = value if isinstance(value, list) else ["inf" if value == "Infinity" else value]
     return " ".join([f"--{dashed}", *(shlex.quote(str(word)) for word in words)])
 
 
@@ -115,7 +107,7 @@ def command_of(script: Path, args: dict) -> str:
     flags = [
         flag(name, value)
         for name, value in args.items()
-        if name not in left_out and value != defaults.get(name) and value not in (None, "inf")
+        if name not in left_out and value != defaults.get(name)
     ]
     return " ".join(["python", script.name, *flags])
 
@@ -137,36 +129,29 @@ def entries_of(folder: Path, points: int = 200) -> list[dict]:
         settings = {key: value for key, value in member.items() if key != "seed"}
         groups.setdefault(json.dumps(settings), (settings, []))[1].append(i)
     args = {key: value for key, value in result["args"].items() if key != "run_dir"}
-    command = command_of(folder / result["script"], args)
-    rollout = args.get("num_envs", 1) * args.get("num_steps", 1) * len(members)
-    return [
-        {
-            "name": named(result["env_id"], args["exp_name"], settings),
-            "script": result["script"],
-            "env_id": result["env_id"],
-            "args": args,
-            "settings": settings,
-            "seeds": [members[i]["seed"] for i in chosen],
-            "episodic_return": picked(result, "episodic_return", chosen),
-            "eval_return": picked(result, "eval_return", chosen),
-            "solved_at": picked(result, "solved_at", chosen),
-            "timesteps": result["timesteps"],
-            "finished": result["finished"],
-            "sps": result["sps"],
-            "iteration_seconds": rollout / result["sps"] if result["sps"] else None,
-            "versions": result["versions"],
-            "device": result["device"],
-            "command": command,
-        }
-        | curves([member_folder(folder, members[i], len(members) == 1) for i in chosen], points)
-        | {"members": len(members)}
-        for settings, chosen in groups.values()
-    ]
+    stopped_at = None if result["finished"] else result["timesteps"]
+    shared = {"script": result["script"], "env_id": result["env_id"], "args": args}
+    kept = ("timesteps", "finished", "sps", "wall_time", "compile_time", "versions", "device")
+    shared |= {key: result[key] for key in kept} | {"stopped_at": stopped_at}
+    shared |= {"members": len(members), "command": command_of(folder / result["script"], args)}
+    entries = []
+    for settings, chosen in groups.values():
+        folders = [member_folder(folder, members[i], len(members) == 1) for i in chosen]
+        entry = {"name": named(shared, settings), "settings": settings}
+        entry["seeds"] = [members[i]["seed"] for i in chosen]
+        for key in ("episodic_return", "eval_return", "solved_at"):
+            entry[key] = picked(result, key, chosen)
+        entries.append(entry | shared | curves(folders, len(members), points))
+    return entries
 
 
-def named(env_id: str, exp_name: str, settings: dict) -> str:
-    """Returns an entry's name."""
-    return " ".join([env_id, exp_name, *(f"{key}={value:g}" for key, value in settings.items())])
+def named(shared: dict, settings: dict) -> str:
+    """Returns an entry's name: its environment, its experiment, its place in a grid."""
+    name = [shared["env_id"], shared["args"]["exp_name"]]
+    name += [f"{key}={value:g}" for key, value in settings.items()]
+    if shared["stopped_at"] is not None:
+        name.append(f"stopped at {count(shared['stopped_at'])}")
+    return " ".join(name)
 
 
 def picked(result: dict, key: str, chosen: list[int]) -> list | None:
@@ -178,11 +163,12 @@ def picked(result: dict, key: str, chosen: list[int]) -> list | None:
 def setting_of(entry: dict) -> str:
     """Returns what two entries have in common that are seeds of one setting."""
     args = {key: value for key, value in entry["args"].items() if key not in APART}
-    return json.dumps([entry["script"], entry["settings"], args], sort_keys=True)
+    told = [entry["script"], entry["settings"], args, entry["stopped_at"]]
+    return json.dumps(told, sort_keys=True)
 
 
 def joined(entries: list[dict]) -> dict:
-    """Returns the entry of all seeds of entries of one setting."""
+    """Returns the entry of all seeds of entries of one setting, of which each has its own."""
     if len(entries) == 1:
         return entries[0]
     whole = dict(entries[0])
@@ -212,7 +198,9 @@ def collect(paths: Iterable[Path]) -> list[dict]:
     for folder in sorted(found):
         if ".old-" not in str(folder):
             for entry in entries_of(folder):
-                groups.setdefault(setting_of(entry), []).append(entry)
+                group = groups.setdefault(setting_of(entry), [])
+                if not any(set(entry["seeds"]) & set(other["seeds"]) for other in group):
+                    group.append(entry)
     return [joined(entries) for entries in groups.values()]
 
 
@@ -245,9 +233,39 @@ def label_of(entry: dict) -> str:
     return entry["name"].removeprefix(entry["env_id"]).strip() or entry["name"]
 
 
+def label_all(entries: list[dict]) -> list[str]:
+    """Returns the names of an environment's entries, with the flags that tell equal ones apart."""
+    names = [label_of(entry) for entry in entries]
+    said = []
+    for name, entry in zip(names, entries, strict=True):
+        same = [other for other, twin in zip(entries, names, strict=True) if twin == name]
+        said.append(" ".join([name, *differing(entry, same)]))
+    return said
+
+
+def differing(entry: dict, others: list[dict]) -> list[str]:
+    """Returns the settings of an entry that are not the same in all of some entries."""
+    settings = [{"script": other.get("script"), **other.get("args", {})} for other in others]
+    own = {"script": entry.get("script"), **entry.get("args", {})}
+    return [
+        str(value) if key == "script" else flag(key, value)
+        for key, value in own.items()
+        if key not in APART and any(other.get(key) != value for other in settings)
+    ]
+
+
 def short(env_id: str) -> str:
     """Returns an environment's id without the module that has it."""
     return env_id.split(":")[-1]
+
+
+def panels(entries: list[dict]) -> dict[str, list[dict]]:
+    """Returns the entries of each environment, or of each scenario of it."""
+    found = {}
+    for entry in entries:
+        scenario = entry.get("args", {}).get("scenario", "")
+        found.setdefault(f"{short(entry['env_id'])} {scenario}".strip(), []).append(entry)
+    return found
 
 
 def scores_of(entry: dict) -> np.ndarray:
@@ -398,12 +416,15 @@ def without_empty(table: Table) -> Table:
 def scores(entries: list[dict]) -> Table:
     """Returns what entries reached, a row each."""
     rows = []
+    labels = {}
+    for group in panels(entries).values():
+        labels.update(zip(map(id, group), label_all(group), strict=True))
     for entry in entries:
         trained, played = scores_of(entry), played_of(entry)
         rows.append(
             [
                 short(entry["env_id"]),
-                label_of(entry),
+                labels[id(entry)],
                 entry.get("flags", ""),
                 seeds_of(entry),
                 spread(trained) + bounds(trained, np.mean),
@@ -612,18 +633,28 @@ def section(words: list[str]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def directive(line: str) -> list[str]:
+    """Returns the words of a line of remarks that stands for a table, or none of another."""
+    if not line.startswith("<!-- table: "):
+        return []
+    return shlex.split(line.removeprefix("<!-- table: ").removesuffix("-->"))
+
+
+def remarks() -> list[str]:
+    """Returns the lines of all remarks."""
+    files = sorted((HERE / "remarks").glob("*.md"))
+    return [line for file in files for line in ["", *file.read_text().splitlines()]][1:]
+
+
+def directives() -> list[list[str]]:
+    """Returns the words of all lines of remarks that stand for tables."""
+    return [words for words in map(directive, remarks()) if words]
+
+
 def readme() -> str:
     """Returns benchmarks/README.md: the remarks, with their tables, and results without remarks."""
-    text = "\n".join(path.read_text() for path in sorted((HERE / "remarks").glob("*.md")))
-    lines = []
-    asked = set()
-    for line in text.splitlines():
-        if line.startswith("<!-- table: "):
-            words = shlex.split(line.removeprefix("<!-- table: ").removesuffix("-->"))
-            asked.update(words)
-            lines.append(section(words))
-        else:
-            lines.append(line)
+    lines = [section(directive(line)) if directive(line) else line for line in remarks()]
+    asked = {word for words in directives() for word in words}
     for path in sorted((HERE / "results").glob("*.json")):
         if path.stem not in asked and entries_in(load(path.stem)):
             lines += ["", f"## {path.stem}", "", section([path.stem, "scores"])]
