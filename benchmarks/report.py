@@ -304,12 +304,11 @@ def suites(paths: list[Path]) -> dict[str, list[dict]]:
 
 def measurements() -> dict[str, Table]:
     """Returns the tables of results that are no scores, such as speeds."""
-    asked = {
-        " ".join(words[:1]): tables.table_of(words)[0]
-        for words in tables.directives()
-        if tables.CONTENT_KINDS.keys() & set(words)
-    }
-    return dict(sorted(asked.items()))
+    found = {}
+    for name, *words in tables.directives():
+        for kind in tables.CONTENT_KINDS.keys() & set(words):
+            found[name] = tables.CONTENT_KINDS[kind](tables.load(name))
+    return dict(sorted(found.items()))
 
 
 def page(paths: list[Path]) -> str:

@@ -6,6 +6,7 @@ benchmarks/remarks/*.md, in which a line such as `<!-- table: memory scores -->`
 """
 
 import ast
+import fnmatch
 import json
 import shlex
 import tomllib
@@ -547,30 +548,47 @@ def said_of(played: dict) -> str:
     return f"{figure(played['mean'])} ± {figure(played['std'], played['mean'])}"
 
 
-def records(content: dict, *key: str) -> Table:
-    """Returns a row for each named record of numbers, with a column for each of their keys.
+def speeds(content: dict, *patterns: str) -> Table:
+    """Returns a row for each comparison of benchmarks/results/speed.json.
 
     Args:
-        key: where in the content the records are, if not at its top.
+        patterns: of the comparisons' names; none: all.
     """
-    content = content[key[0]] if key else content
-    columns = list(dict.fromkeys(key for record in content.values() for key in record))
     rows = []
     for name, record in content.items():
-        said = [leaves({key: record[key]}, ()) if key in record else [] for key in columns]
-        rows.append([name, *("; ".join(value for _, value in found) for found in said)])
-    return without_empty(Table(["measured", *columns], rows))
+        if patterns and not any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
+            continue
+        ours, peer = np.array(record["ours"]), np.array(record["peer"])
+        pairs = peer / ours if record["unit"] == "seconds" else ours / peer
+        spread_of_pairs = f" ({pairs.min():.3g} to {pairs.max():.3g})" if len(pairs) > 1 else ""
+        rows.append(
+            [
+                name,
+                record["what"],
+                f"{record['ratio']:.3g}{spread_of_pairs}",
+                count(np.median(ours)),
+                count(np.median(peer)),
+                record["unit"],
+                record.get("note", ""),
+            ]
+        )
+    header = ["name", "what", "ratio of medians (pairs)", "ours", "the other", "unit", "note"]
+    return without_empty(Table(header, rows))
 
 
 def sources(entries: list[dict]) -> list[str]:
     """Returns the lines that say where entries ran, with which versions, by which commands."""
-    found = {}
-    for entry in entries:
-        if "device" in entry:
-            versions = ", ".join(f"{key} {value}" for key, value in entry["versions"].items())
-            found[f"{entry['device']}; {versions}"] = None
-    lines = [f"Ran on {where}." for where in found]
-    return lines + list(dict.fromkeys(f"`{x['command']}`" for x in entries if "command" in x))
+    said = [
+        f"Ran on {entry['device']}; {versions_of(entry)}." for entry in entries if "device" in entry
+    ]
+    said += [f"`{entry['command']}`" for entry in entries if "command" in entry]
+    return list(dict.fromkeys(said))
+
+
+def versions_of(entry: dict) -> str:
+    """Returns the versions that an entry was made with."""
+    versions = entry.get("versions") or {}
+    return ", ".join(f"{key} {value}" for key, value in versions.items()) or "versions not kept"
 
 
 def published_table(entries: list[dict]) -> Table:
@@ -589,7 +607,7 @@ def published_table(entries: list[dict]) -> Table:
 
 # --- README.md ---
 ENTRY_KINDS = {"scores": scores, "pivot": pivot, "at": at}
-CONTENT_KINDS = {"ranking": ranking, "flat": flat, "records": records}
+CONTENT_KINDS = {"ranking": ranking, "flat": flat, "speeds": speeds}
 KINDS = {*ENTRY_KINDS, *CONTENT_KINDS, "beside"}
 
 
@@ -620,7 +638,21 @@ def table_of(words: list[str]) -> tuple[Table, list[dict]]:
     if kind == "beside":
         return beside(files, more), entries
     table = CONTENT_KINDS[kind](contents[0], *more)
-    return table, [contents[0]] if "device" in contents[0] else []
+    return table, made(contents[0], table, more)
+
+
+def made(content: dict, table: Table, names: list[str]) -> list[dict]:
+    """Returns where a content's numbers, or the records that a table shows, are from."""
+    if "device" in content:
+        return [content]
+    rows = {row[0] for row in table.rows}
+    shown = {k: x for k, x in content.items() if k in rows and isinstance(x, dict)}
+    found = [{k: x[k] for k in ("device", "versions") if k in x} for x in shown.values()]
+    there = [name for name, record in shown.items() if "command" in record]
+    asked = [pattern for pattern in names if fnmatch.filter(there, pattern)]
+    if asked:
+        found.append({"command": shlex.join(["python", "-m", "benchmarks.speed", *asked])})
+    return found
 
 
 def section(words: list[str]) -> str:
