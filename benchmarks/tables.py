@@ -86,9 +86,12 @@ def defaults_of(script: Path) -> dict:
 
 
 def literal(node: ast.expr) -> object:
-    """Returns a default as args.json has it."""
+    """Returns a default as args.json has it, or None of an expression that is no literal."""
     text = ast.unparse(node)
-    value = "Infinity" if text == "math.inf" else ast.literal_eval(text)
+    try:
+        value = "Infinity" if text == "math.inf" else ast.literal_eval(text)
+    except ValueError:
+        return None
     return list(value) if isinstance(value, tuple) else value
 
 
