@@ -1,7 +1,7 @@
 """Whether a change of the code changed what is computed: seeded curves now against saved ones.
 
-    python benchmarks/same_curves.py --save  # before the change
-    python benchmarks/same_curves.py         # after it
+    python -m benchmarks.same_curves --save  # before the change
+    python -m benchmarks.same_curves         # after it
 
 Three tasks per script, every scalar of every iteration but those that measure time. For each task
 it prints the first iteration in which a scalar differs at all, and in which one differs by more

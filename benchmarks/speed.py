@@ -1,126 +1,340 @@
-"""Whole-run speed of ppo_continuous.py against Stable-Baselines3, alternating on one machine.
+"""Speed of our scripts against other people's: whole runs, in turn, on one machine.
 
-    python benchmarks/speed.py --peer-python ../peers/bin/python
+    python -m benchmarks.speed  # lists what there is to compare
+    python -m benchmarks.speed halfcheetah pong "cost-*" --peer-python ../peers/bin/python
+    python -m benchmarks.speed cartpole hopper --peer-python ../peers/bin/python \
+        --checkouts purejaxrl ../purejaxrl jaxmarl ../JaxMARL ppocma ../ppocma
 
-where that Python has stable-baselines3 and gymnasium[mujoco]. Both train HalfCheetah-v4 with
-observation and reward normalisation and logging. Steps per second leave compilation out (ours:
-result.json's sps; theirs has none). Writes benchmarks/results/speed.json.
+The peers are functions of benchmarks/peers.py, which says what their Python needs. Steps per second
+are summed over seeds and leave compilation out; a step is one of all agents of a team. Seconds run
+from pressing return until the last 100 training episodes' mean is at a goal, imports and
+compilation included, or to the end where it never is. A ratio is of medians, and above 1 where
+ours is the faster. What is found replaces what benchmarks/results/speed.json had of that name.
 """
 
+import fnmatch
 import json
+import math
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from benchmarks import peers
 
 ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A run of ours and one of a peer's, which may be another run of ours."""
+
+    what: str
+    ours: str  # script and flags
+    steps: int  # of ours, per seed
+    peer: Callable | str  # a function of peers.py, or a command of ours
+    peer_steps: int
+    goal: float | None = None  # a return that stops the clock; None: steps per second
+    checkout: str = ""  # that the peer needs
+    here: bool = False  # the peer runs in our Python
+    settings: dict = field(default_factory=dict)  # further arguments of the peer
+
+
+class Measured(NamedTuple):  # what a run had
+    value: float  # steps per second, or seconds
+    versions: dict[str, str]
+    device: str = ""
+
+
+class Options(NamedTuple):  # of the command line
+    rounds: int
+    scale: float
+    peer_python: str
+    checkouts: dict[str, Path]
+    flags: str
+
+
 CLEANRL = (  # Stable-Baselines3's defaults are much the same
-    "--num-envs 1 --num-steps 2048 --num-minibatches 32 --no-recompute-advantages --norm-adv"
-    " --clip-vloss --vf-coef 0.5 --log-std-init 0 --critic-sizes 64 64"
+    "ppo_continuous.py --env-id HalfCheetah-v4 --num-envs 1 --num-steps 2048 --num-minibatches 32"
+    " --no-recompute-advantages --norm-adv --clip-vloss --vf-coef 0.5 --log-std-init 0"
+    " --critic-sizes 64 64"
 )
 EIGHT = f"{CLEANRL} --num-envs 8 --num-steps 256"
-CASES = {
-    "1 x 2048": f"{CLEANRL} --total-timesteps 40960",
-    "8 x 256": f"{EIGHT} --total-timesteps 81920",
-    "1 x 2048, 8 seeds": f"{CLEANRL} --num-seeds 8 --total-timesteps 20480",
-    "8 x 256, 8 seeds": f"{EIGHT} --num-seeds 8 --total-timesteps 20480",
+PONG = "ppo_atari.py --env-id Pong-v5"
+LSTM = (
+    "ppo_icm_lstm.py --env-id CartPole-v1 --num-envs 8 --num-steps 128 --num-minibatches 8"
+    " --recurrence lstm --memory-size 64 --hidden-sizes 64 64 --critic-sizes 64 64"
+)
+PLAIN = (
+    "--env-id HalfCheetah-v4 --num-envs 16 --num-steps 128 --num-minibatches 8 --norm-adv"
+    " --no-recompute-advantages --critic-sizes 64 64 --vf-coef 0.5 --log-std-init 0"
+    " --learning-rate 1e-3"
+)
+CARTPOLE = (
+    "ppo_icm_lstm.py --env-id gymnax/CartPole-v1 --num-envs 4 --num-steps 128 --num-minibatches 4"
+    " --update-epochs 4 --learning-rate 2.5e-4 --clip-vloss --log-interval 100"
+    " --checkpoint-interval 1000 --no-norm-obs --no-norm-reward"
+)
+GRU = (
+    f"{CARTPOLE} --recurrence gru --memory-size 128 --hidden-sizes 128 --critic-sizes 128"
+    " --activation relu"
+)
+MINATAR = (
+    "ppo_atari.py --env-id gymnax/Breakout-MinAtar --num-envs 64 --num-steps 128"
+    " --num-minibatches 8 --learning-rate 5e-3 --clip-coef 0.2 --network mlp --hidden-sizes 64 64"
+    " --critic-sizes 64 64 --log-interval 10"
+)
+BRAX = (
+    "ppo_continuous.py --env-id brax/hopper --num-steps 10 --update-epochs 4 --no-anneal-lr"
+    " --hidden-sizes 256 256 --critic-sizes 256 256 --no-recompute-advantages --norm-adv"
+    " --clip-vloss --vf-coef 0.5 --log-std-init 0 --log-interval 10"
+    ' --env-kwargs {"backend":"positional"}'
+)
+HOPPER = f"{BRAX} --num-envs 2048 --num-minibatches 32"
+SMALL_HOPPER = f"{BRAX} --num-envs 64 --num-minibatches 4"
+TEAM = "ppo_multiagent.py --num-envs 64 --log-interval 10 --checkpoint-interval 1000"
+IPPO = (
+    f"{TEAM} --env-id jaxmarl/MPE_simple_spread_v3 --algorithm ippo --num-steps 128"
+    " --num-minibatches 4 --update-epochs 4 --learning-rate 2.5e-4 --hidden-sizes 64 64"
+    " --critic-sizes 64 64 --activation tanh --clip-vloss"
+)
+PENDULUM = "ppo_continuous.py --num-steps 32 --critic-sizes 256 256 --log-interval 10"
+
+
+def halfcheetah(ours: str, flags: str, steps: int) -> Comparison:
+    """Returns a comparison with Stable-Baselines3 at 1 x 2048."""
+    what = f"HalfCheetah-v4: CleanRL's settings, {ours}, over Stable-Baselines3, 1 x 2048"
+    return Comparison(what, flags, steps, peers.sb3_halfcheetah, 4096)
+
+
+def sooner(what: str, goal: float) -> Comparison:
+    """Returns a comparison of seconds with Stable-Baselines3, of which it runs the first 5 %."""
+    what = f"HalfCheetah-v4: seconds to {what}, both with their own defaults;"
+    what += " Stable-Baselines3's are those of 1M steps, extrapolated from 51200"
+    flags = "ppo_continuous.py --env-id HalfCheetah-v4"
+    return Comparison(what, flags, 1_000_000, peers.sb3_halfcheetah_score, 51200, goal)
+
+
+def purejaxrl(what: str, ours: str, steps: int, peer: Callable) -> Comparison:
+    """Returns a comparison with PureJaxRL."""
+    return Comparison(f"{what} over PureJaxRL", ours, steps, peer, steps, checkout="purejaxrl")
+
+
+def alone(env_id: str, scenario: str = "") -> Comparison:
+    """Returns a comparison of learning with stepping an environment at random."""
+    task = f"{env_id} --scenario {scenario}" if scenario else env_id
+    what = f"{task}: whole runs over the environment alone"
+    ours = f"{TEAM} --env-id {task}"
+    settings = {"env_id": env_id, "scenario": scenario}
+    return Comparison(what, ours, 204800, peers.bare, 204800, here=True, settings=settings)
+
+
+def cma(what: str, flags: str, steps: int = 120_000) -> Comparison:
+    """Returns a comparison with PPO-CMA's authors' code."""
+    what = f"MountainCarContinuous-v0: {what} over PPO-CMA's authors' code"
+    ours = f"ppo_cma.py {flags}"
+    return Comparison(what, ours, steps, peers.authors_cma, 40_000, checkout="ppocma")
+
+
+def pendulum(env_id: str, envs: int, seeds: int) -> tuple[str, int]:
+    """Returns a run of minibatches of 256 rows, or of its whole rollout, and its steps."""
+    minibatches = max(envs * 32 // 256, 1)
+    flags = f"{PENDULUM} --env-id {env_id} --num-envs {envs} --num-seeds {seeds}"
+    return f"{flags} --num-minibatches {minibatches}", max(320 * envs, 40960 // seeds)
+
+
+def costs() -> dict[str, Comparison]:
+    """Returns comparisons of many environments with one, and of many seeds with one."""
+    found = {}
+    for place, env_id in {"host": "Pendulum-v1", "device": "gymnax/Pendulum-v1"}.items():
+        for envs in (4, 16, 64, 256, 1024, 4096):
+            what = f"{env_id}, on the {place}: {envs} environments over 1"
+            many, one = pendulum(env_id, envs, 1), pendulum(env_id, 1, 1)
+            found[f"cost-{place}-{envs}-environments"] = Comparison(what, *many, *one)
+        for seeds in (2, 4, 8, 16, 32, 64):
+            what = f"{env_id}, on the {place}: {seeds} seeds over 1, of 64 environments each"
+            many, one = pendulum(env_id, 64, seeds), pendulum(env_id, 64, 1)
+            found[f"cost-{place}-{seeds}-seeds"] = Comparison(what, *many, *one)
+    return found
+
+
+COMPARISONS = {
+    "halfcheetah": halfcheetah("1 x 2048", CLEANRL, 40960),
+    "halfcheetah-8x256": halfcheetah("8 x 256", EIGHT, 81920),
+    "halfcheetah-seeds": halfcheetah("8 seeds of 1 x 2048", f"{CLEANRL} --num-seeds 8", 20480),
+    "halfcheetah-8x256-seeds": halfcheetah("8 seeds of 8 x 256", f"{EIGHT} --num-seeds 8", 20480),
+    "halfcheetah-score": sooner("a return of 1443", goal=1443),
+    "halfcheetah-1m": sooner("the end of 1M steps", goal=math.inf),
+    "pong": Comparison(
+        "Pong from pixels, 8 x 128, over Stable-Baselines3", PONG, 20480, peers.sb3_pong, 20480
+    ),
+    "pong-score": Comparison(
+        "Pong from pixels: seconds to a return of -10, or 1.5M steps, over Stable-Baselines3",
+        PONG,
+        1_500_000,
+        peers.sb3_pong_score,
+        1_500_000,
+        goal=-10,
+    ),
+    "lstm": Comparison(
+        "CartPole-v1: an LSTM over sb3-contrib's", LSTM, 102400, peers.sb3_contrib_lstm, 20480
+    ),
+    "no-memory": Comparison(
+        "HalfCheetah-v4: ppo_icm_lstm.py without memory over ppo_continuous.py",
+        f"ppo_icm_lstm.py {PLAIN} --ent-coef 0",
+        204800,
+        f"ppo_continuous.py {PLAIN}",
+        204800,
+    ),
+    "cartpole": purejaxrl("CartPole-v1", CARTPOLE, 1_024_000, peers.purejaxrl_cartpole),
+    "cartpole-gru": purejaxrl("CartPole-v1: a GRU", GRU, 102400, peers.purejaxrl_gru),
+    "minatar": purejaxrl("MinAtar's Breakout", MINATAR, 655360, peers.purejaxrl_minatar),
+    "minatar-seeds": Comparison(
+        "MinAtar's Breakout: 16 seeds over 1", f"{MINATAR} --num-seeds 16", 163840, MINATAR, 655360
+    ),
+    "hopper": purejaxrl("Brax's hopper, 2048 x 10", HOPPER, 409600, peers.purejaxrl_hopper),
+    "hopper-seeds": Comparison(
+        "Brax's hopper, 64 x 10: 16 seeds over 1",
+        f"{SMALL_HOPPER} --num-seeds 16",
+        12800,
+        SMALL_HOPPER,
+        128_000,
+    ),
+    "foraging": alone("jumanji/LevelBasedForaging-v0", "2s-8x8-2p-2f-coop"),
+    "warehouse-2ag": alone("jumanji/RobotWarehouse-v0", "tiny-2ag"),
+    "warehouse-4ag": alone("jumanji/RobotWarehouse-v0", "tiny-4ag"),
+    "spread": alone("jaxmarl/MPE_simple_spread_v3"),
+    "spread-ippo": Comparison(
+        "simple_spread: IPPO with 64 environments over JaxMARL's ippo_ff_mpe.py",
+        IPPO,
+        819_200,
+        peers.jaxmarl_spread,
+        819_200,
+        checkout="jaxmarl",
+    ),
+    "cma": cma("the defaults", "", 200_000),
+    "cma-4-seeds": cma("4 seeds", "--num-seeds 4"),
+    "cma-5-seeds": cma("5 seeds", "--num-seeds 5"),
+    "cma-repeat-2": cma("decisions held for 2 steps, as theirs,", "--action-repeat 2"),
+    **costs(),
 }
-PEER = """
-import time
-from stable_baselines3 import PPO
-from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import VecNormalize
-env = VecNormalize(make_vec_env("HalfCheetah-v4", 1, seed=1))
-model = PPO("MlpPolicy", env, n_steps=2048, batch_size=64, n_epochs=10, seed=1, device="cpu")
-model.learn(2048)
-start = time.perf_counter()
-model.learn(4096)
-print("sps", 4096 / (time.perf_counter() - start))
-"""
 
 
-SETTINGS = {  # that PureJaxRL's and JaxMARL's scripts share
-    "NUM_STEPS": 128,
-    "UPDATE_EPOCHS": 4,
-    "NUM_MINIBATCHES": 4,
-    "GAMMA": 0.99,
-    "GAE_LAMBDA": 0.95,
-    "CLIP_EPS": 0.2,
-    "ENT_COEF": 0.01,
-    "VF_COEF": 0.5,
-    "MAX_GRAD_NORM": 0.5,
-    "ACTIVATION": "tanh",
-    "ANNEAL_LR": True,
-    "DEBUG": False,
-}
-COMPILED = """
-import importlib, json, sys, time, jax
-sys.path.insert(0, sys.argv[1])
-make_train = importlib.import_module(sys.argv[2]).make_train
-config = json.loads(sys.argv[3])
-train = jax.jit(make_train(config)).lower(jax.random.PRNGKey(30)).compile()
-start = time.perf_counter()
-jax.block_until_ready(train(jax.random.PRNGKey(30)))
-steps = config["NUM_UPDATES"] * config["NUM_STEPS"] * config["NUM_ENVS"]
-print("sps", steps / (time.perf_counter() - start))
-"""
+def output(line: list[str]) -> str:
+    """Returns what a program prints; where it fails, shows what it said and ends."""
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        sys.exit(f"{done.stderr}\n{' '.join(line)}\nended with {done.returncode}")
+    return done.stdout
 
 
-def printed_speed(line: list[str]) -> float:
-    """Returns the steps per second that a command prints last."""
-    out = subprocess.run(line, check=True, capture_output=True, text=True).stdout
-    return float(out.split("sps")[-1])
+def run_ours(command: str, goal: float | None) -> Measured:
+    """Returns what a run of a script of ours had."""
+    with tempfile.TemporaryDirectory() as folder:
+        pressed = time.time()
+        output([sys.executable, *command.split(), "--run-dir", folder])
+        seconds = time.time() - pressed
+        result = json.loads((Path(folder) / "result.json").read_text())
+        if goal is None and result["sps"] is None:
+            sys.exit(f"{command}\nends with the first look at it, too soon for a speed")
+        if goal is None:
+            return Measured(result["sps"], result["versions"], result["device"])
+        events = EventAccumulator(folder, size_guidance={"scalars": 0}).Reload()
+        returns = events.Scalars("charts/episodic_return_100")
+        reached = [event.wall_time - pressed for event in returns if event.value >= goal]
+        return Measured([*reached, seconds][0], result["versions"], result["device"])
 
 
-def compiled_speed(
-    python: str, checkout: Path, module: str, config: dict, before: str = ""
-) -> float:
-    """Returns the steps per second of PureJaxRL's or JaxMARL's make_train, without compilation.
+def run_peer(comparison: Comparison, options: Options) -> Measured:
+    """Returns what a run of the peer had."""
+    steps = int(comparison.peer_steps * options.scale)
+    if isinstance(comparison.peer, str):
+        command = f"{comparison.peer} --total-timesteps {steps} {options.flags}"
+        return run_ours(command, comparison.goal)
+    settings = comparison.settings | {"steps": steps}
+    if comparison.checkout:
+        settings["checkout"] = str(options.checkouts[comparison.checkout].absolute())
+    if comparison.goal is not None:
+        settings["whole"] = int(comparison.steps * options.scale)
+        settings |= {"goal": comparison.goal, "pressed": time.time()}
+    python = sys.executable if comparison.here else options.peer_python
+    line = [python, "-m", "benchmarks.peers", comparison.peer.__name__, json.dumps(settings)]
+    return Measured(**json.loads(output(line).splitlines()[-1]))
+
+
+def compare(comparison: Comparison, options: Options) -> dict:
+    """Returns all values of both, run in turn, and the ratio of their medians."""
+    steps = int(comparison.steps * options.scale)
+    command = f"{comparison.ours} --total-timesteps {steps} {options.flags}"
+    values: dict[str, list[float]] = {"ours": [], "peer": []}
+    for number in range(options.rounds):
+        turn = ("ours", "peer") if number % 2 == 0 else ("peer", "ours")
+        for side in turn:
+            if side == "ours":
+                found = ours = run_ours(command, comparison.goal)
+            else:
+                found = peer = run_peer(comparison, options)
+            values[side].append(found.value)
+    ratio = float(np.median(values["ours"]) / np.median(values["peer"]))
+    return {
+        "what": comparison.what,
+        **values,
+        "unit": "steps per second" if comparison.goal is None else "seconds",
+        "ratio": ratio if comparison.goal is None else 1 / ratio,
+        "run": " ".join(["python", *command.split()]),
+        "versions": ours.versions,
+        "peer_versions": peer.versions,
+        "device": ours.device,
+    }
+
+
+def main(
+    names: tyro.conf.Positional[tuple[str, ...]] = (),
+    rounds: int = 3,
+    scale: float = 1.0,
+    peer_python: str = sys.executable,
+    checkouts: dict[str, Path] | None = None,
+    flags: str = "",
+    out: Path = ROOT / "benchmarks/results/speed.json",
+) -> None:
+    """Compares, and writes what each comparison finds.
 
     Args:
-        before: code that the module needs to have run.
+        names: comparisons, or patterns such as "cma*"; none: lists all.
+        rounds: runs of each side.
+        scale: what all numbers of steps are multiplied by.
+        peer_python: the Python that has the peers.
+        checkouts: the peers' names and folders.
+        flags: further flags of ours, such as "--platform gpu".
+        out: the results' file.
     """
-    code = before + COMPILED
-    return printed_speed([python, "-c", code, str(checkout), module, json.dumps(config)])
-
-
-def ours(flags: str, script: str = "ppo_continuous.py") -> dict:
-    """Returns the content of result.json of a run of one of our scripts."""
-    with tempfile.TemporaryDirectory() as folder:
-        run = [sys.executable, str(ROOT / script), *flags.split(), "--run-dir", folder]
-        subprocess.run(run, check=True, capture_output=True)
-        return json.loads((Path(folder) / "result.json").read_text())
-
-
-def peer(python: str) -> float:
-    """Returns Stable-Baselines3's steps per second."""
-    out = subprocess.run([python, "-c", PEER], check=True, capture_output=True, text=True).stdout
-    return float(out.split("sps")[-1])
-
-
-def main(peer_python: str, repeats: int = 3) -> None:
-    """Measures everything `repeats` times in turn, and writes medians' ratios."""
-    base = "Stable-Baselines3, 1 x 2048"
-    rows = {name: [] for name in (base, *CASES)}
-    for _ in range(repeats):
-        rows[base].append(peer(peer_python))
-        for name, flags in CASES.items():
-            result = ours(flags)
-            rows[name].append(result["sps"])
-    middle = {name: float(np.median(values)) for name, values in rows.items()}
-    ratios = {f"{name} / Stable-Baselines3": middle[name] / middle[base] for name in CASES}
-    content = {
-        "steps_per_second": rows,
-        "ratios of medians": ratios,
-        "versions": result["versions"],
-        "device": result["device"],
-        "command": "python benchmarks/speed.py --peer-python PYTHON",
-    }
-    (ROOT / "benchmarks/results/speed.json").write_text(json.dumps(content, indent=2) + "\n")
-    print(json.dumps(ratios, indent=2))
+    unknown = [name for name in names if not fnmatch.filter(COMPARISONS, name)]
+    if unknown:
+        sys.exit(f"there is no {', '.join(unknown)}; without a name, all are listed")
+    # Not resolved: a virtual environment's Python is a link
+    python = str(Path(peer_python).absolute())
+    options = Options(rounds, scale, python, checkouts or {}, flags)
+    for name, comparison in COMPARISONS.items():
+        if not names:
+            print(f"{name}: {comparison.what}")
+        if not any(fnmatch.fnmatch(name, pattern) for pattern in names):
+            continue
+        if comparison.checkout and comparison.checkout not in options.checkouts:
+            print(f"{name}: left out, as it needs --checkouts {comparison.checkout} FOLDER")
+            continue
+        found = compare(comparison, options)
+        found["command"] = f"python -m benchmarks.speed {name}"
+        content = json.loads(out.read_text()) if out.exists() else {}
+        out.write_text(json.dumps(content | {name: found}, indent=2) + "\n")
+        print(f"{name}: {found['ratio']:.2f}, of {found['unit']}", flush=True)
 
 
 if __name__ == "__main__":

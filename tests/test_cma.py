@@ -536,7 +536,7 @@ def test_an_agent_of_a_run_that_was_distributed(cma, tmp_path):
     agent.memorize(obs, agent.act(obs), 1.0, obs, True, False)
     assert agent.update_with_memorized() == 1
     for seed in (6, 8):
-        with pytest.raises(cma.InputError, match=rf"has no {{{{'seed': {seed}}}}}, but"):
+        with pytest.raises(cma.InputError, match=rf"has no {{'seed': {seed}}}, but"):
             cma.Agent.from_run(tmp_path, seed=seed)
 
 
