@@ -31,6 +31,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from benchmarks import peers
 
 ROOT = Path(__file__).parents[1]
+RETURN = "charts/episodic_return_100"
 
 
 @dataclass(frozen=True)
@@ -248,9 +249,11 @@ def run_ours(command: str, goal: float | None) -> Measured:
         if goal is None:
             return Measured(result["sps"], result["versions"], result["device"])
         events = EventAccumulator(folder, size_guidance={"scalars": 0}).Reload()
-        returns = events.Scalars("charts/episodic_return_100")
-        reached = [event.wall_time - pressed for event in returns if event.value >= goal]
-        return Measured([*reached, seconds][0], result["versions"], result["device"])
+        if RETURN in events.Tags()["scalars"]:
+            found = [event for event in events.Scalars(RETURN) if event.value >= goal]
+            if found:
+                seconds = found[0].wall_time - pressed
+        return Measured(seconds, result["versions"], result["device"])
 
 
 def run_peer(comparison: Comparison, options: Options) -> Measured:
