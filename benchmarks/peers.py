@@ -4,8 +4,10 @@
 
 benchmarks/speed.py runs them so, with a PYTHON that has the peer: stable-baselines3[extra] with
 gymnasium[mujoco], sb3-contrib, what PureJaxRL (luchris429/purejaxrl) and JaxMARL (FLAIROx/JaxMARL)
-need, or tensorflow for PPO-CMA's authors' code (ppocma/ppocma). A new peer is a function here and
-a line in speed.py. Nothing but Python's own library is imported before a function runs.
+need, or tensorflow for PPO-CMA's authors' code (ppocma/ppocma). PureJaxRL is older than gymnax 1.0
+and today's Flax: either those are older, too, or its wrappers.py and ppo_rnn.py are adapted. A new
+peer is a function here and a line in speed.py. Nothing but Python's own library is imported before
+a function runs.
 """
 
 import importlib

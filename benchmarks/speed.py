@@ -31,6 +31,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from benchmarks import peers
 
 ROOT = Path(__file__).parents[1]
+RETURN = "charts/episodic_return_100"
 
 
 @dataclass(frozen=True)
@@ -236,21 +237,28 @@ def output(line: list[str]) -> str:
     return done.stdout
 
 
+def reached(folder: str, goal: float) -> float:
+    """Returns when a run's last 100 training episodes' mean was at a goal; inf if it never was."""
+    events = EventAccumulator(folder, size_guidance={"scalars": 0}).Reload()
+    if RETURN not in events.Tags()["scalars"]:
+        return math.inf
+    found = [event.wall_time for event in events.Scalars(RETURN) if event.value >= goal]
+    return min(found, default=math.inf)
+
+
 def run_ours(command: str, goal: float | None) -> Measured:
     """Returns what a run of a script of ours had."""
     with tempfile.TemporaryDirectory() as folder:
         pressed = time.time()
         output([sys.executable, *command.split(), "--run-dir", folder])
-        seconds = time.time() - pressed
+        ended = time.time()
         result = json.loads((Path(folder) / "result.json").read_text())
-        if goal is None and result["sps"] is None:
-            sys.exit(f"{command}\nends with the first look at it, too soon for a speed")
-        if goal is None:
-            return Measured(result["sps"], result["versions"], result["device"])
-        events = EventAccumulator(folder, size_guidance={"scalars": 0}).Reload()
-        returns = events.Scalars("charts/episodic_return_100")
-        reached = [event.wall_time - pressed for event in returns if event.value >= goal]
-        return Measured([*reached, seconds][0], result["versions"], result["device"])
+        value = result["sps"]
+        if goal is not None:
+            value = min(reached(folder, goal), ended) - pressed
+    if value is None:
+        sys.exit(f"{command}\nends with the first look at it, too soon for a speed")
+    return Measured(value, result["versions"], result["device"])
 
 
 def run_peer(comparison: Comparison, options: Options) -> Measured:
