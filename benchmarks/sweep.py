@@ -58,7 +58,7 @@ class Run(BaseModel, extra="forbid"):
     env_id: str  # of a list, each is a run
     name: str = ""  # of the experiment; empty: the script's
     flags: str = ""
-    grid: dict[str, list[float | str]] = {}  # name or name+name: values, as of --grid
+    grid: dict[str, list[float | str]] = {}  # name or name:name, values, as of --grid
     seed: int = 1  # the first
     seeds: int = Field(1, ge=1)
     total_timesteps: int | None = None
@@ -477,8 +477,8 @@ def ask(study: Any, tune: Tune) -> list[Any]:
 def points_of(trials: list[Any]) -> dict[str, list[str]]:
     """Returns the grid whose points are those of trials: numbers that go together are joined."""
     names = sorted(trials[0].params)
-    values = ["+".join(str(trial.params[name]) for name in names) for trial in trials]
-    return {"+".join(names): values}
+    values = [":".join(str(trial.params[name]) for name in names) for trial in trials]
+    return {":".join(names): values}
 
 
 def tell(study: Any, trials: list[Any], job: Job, tune: Tune) -> None:

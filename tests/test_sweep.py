@@ -117,4 +117,4 @@ def test_what_optuna_draws_is_a_grid_of_points():
     points = sweep.points_of([SimpleNamespace(params=params) for params in drawn])
     run = sweep.Run(script="ppo_continuous.py", env_id="Pendulum-v1", grid=points)
     job = sweep.make_job(run, sweep.Path("runs/tune"))
-    assert job.training[-2:] == ["--grid", "gamma+learning_rate=0.9+0.0001,0.99+0.0003"]
+    assert job.training[-2:] == ["--grid", "gamma:learning_rate=0.9:0.0001,0.99:0.0003"]
