@@ -1559,8 +1559,8 @@ class Task(NamedTuple):  # one team in JAX, as pure functions
     team: Team
     reset: Callable  # key to (Shown, state)
     step: Callable  # (key, state, action), as the joint space has actions, to (Shown, state)
-    threshold: float | None = None  # mean return of the team from which it counts as solved
     render: Callable | None = None  # state to a frame [height, width, 3]
+    threshold: float | None = None  # mean return of the team from which it counts as solved
 
 
 def jumanji_task(env: Any) -> Task:
@@ -1690,8 +1690,8 @@ def own_task(env: Any) -> Task:
         return show(obs, reward, terminated, truncated), state
 
     team = make_team(space["obs"] if whole else space, env.action_space)
-    threshold = getattr(env, "threshold", None)
-    return Task(team, reset, step, threshold, getattr(env, "render", None))
+    optional = {name: getattr(env, name, None) for name in ("render", "threshold")}
+    return Task(team, reset, step, **optional)
 
 
 WAREHOUSES = {"tiny": (1, 3), "small": (2, 3), "medium": (2, 5), "large": (3, 5)}  # rows, columns
