@@ -479,8 +479,8 @@ def test_full_covariance_follows_a_rotated_valley():
 
 
 def test_agent_of_the_readme():
-    """The README's loop, but shorter; what it memorized is what the agent learns from."""
-    blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
+    """The loop of benchmarks' README, but shorter; it learns from what it memorized."""
+    blocks = (ROOT / "benchmarks/README.md").read_text().split("```python\n")[1:]
     code = next(x.split("```")[0] for x in blocks if "ppo_cma.Agent(" in x)
     short = code.replace("range(20)", "range(2)").replace("range(500)", "range(150)")
     assert short.count("range(2)") == short.count("range(150)") == 1
