@@ -230,7 +230,10 @@ class Args(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings"):
         for point in read_grid(self.grid) if self.grid else []:
             if not point.keys() <= set(Schedule._fields):
                 raise ValueError(f"--grid: what can vary is {', '.join(Schedule._fields)}")
-            Args(**dict(self) | {"grid": ()} | point)
+            try:
+                Args(**dict(self) | {"grid": ()} | point)
+            except ValueError as error:
+                raise ValueError(f"--grid {point}: {error}") from error
         return self
 
     @model_validator(mode="after")

@@ -394,6 +394,12 @@ BAD_FLAGS = [
     "--env-kwargs {size:3}",
     "--checkpoint-interval 0",
     "--eval-episodes 0",
+    "--grid gamma=0.9,2",
+    "--grid gamma",
+    "--grid num_envs=1,2",
+    "--grid gamma=0.9,0.9",
+    "--grid gamma=0.9 gamma=0.8",
+    "--grid gamma:gae_lambda=0.9:0.9,0.8",
 ]
 OWN_BAD_FLAGS = {
     "ppo_continuous": [
@@ -453,7 +459,7 @@ def as_settings(flags):
     settings = {}
     for flag in flags.split(" --"):
         name, *words = flag.removeprefix("--").split()
-        many = name.endswith(("sizes", "rule", "range", "range-end"))
+        many = name.endswith(("sizes", "rule", "range", "range-end", "grid"))
         settings[name.replace("-", "_")] = words if many else words[0] if words else True
     return settings
 
