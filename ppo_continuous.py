@@ -35,8 +35,8 @@ Differs from the papers and from CleanRL's ppo_continuous_action.py:
 5. --norm-adv divides by the population's standard deviation (code in torch: the sample's).
 6. --clip-vloss takes the larger error, as CleanRL does (Stable-Baselines3: the clipped one).
 
-The defaults are one setting for all of continuous control (benchmarks/defaults.py). CleanRL's:
---num-envs 1 --num-steps 2048 --num-minibatches 32 --no-recompute-advantages --norm-adv
+The defaults are one setting for all of continuous control (benchmarks/suites/defaults.toml).
+CleanRL's: --num-envs 1 --num-steps 2048 --num-minibatches 32 --no-recompute-advantages --norm-adv
 --clip-vloss --vf-coef 0.5 --critic-sizes 64 64 --log-std-init 0 --no-scale-actions
 """
 
