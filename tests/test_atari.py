@@ -265,12 +265,13 @@ def test_networks(atari, name, shape, meant):
     obs = np.random.default_rng(0).integers(256, size=(3, *shape), dtype=np.uint8)
     network = atari.ActorCritic(spaces.Discrete(6), args)
     assert atari.network_of(jnp.asarray(obs), args) == meant
-    params = jax.vmap(lambda key: network.init(key, obs))(jax.random.split(jax.random.PRNGKey(0)))
+    init = jax.jit(jax.vmap(network.init, (0, None)))
+    params = init(jax.random.split(jax.random.PRNGKey(0)), obs)
     assert all(x.dtype == np.float32 for x in jax.tree.leaves(params))
-    policy, value = jax.vmap(network.apply, in_axes=(0, None))(params, obs)
+    policy, value = jax.jit(jax.vmap(network.apply, (0, None)))(params, obs)
     assert policy.logits.shape == (2, 3, 6) and value.shape == (2, 3)
     assert policy.logits.dtype == value.dtype == np.float32
-    lone, alone = network.apply(jax.tree.map(lambda x: x[1], params), obs)
+    lone, alone = jax.jit(network.apply)(jax.tree.map(lambda x: x[1], params), obs)
     tolerance = {"rtol": 1e-4, "atol": 1e-5}
     np.testing.assert_allclose(policy.logits[1], lone.logits, **tolerance)
     np.testing.assert_allclose(value[1], alone, **tolerance)

@@ -448,6 +448,7 @@ def test_first_policy_and_first_weights(cma):
         np.testing.assert_allclose(np.exp(policy.log_std), 0.25, atol=0.12 * warm + 1e-6)
 
 
+@pytest.mark.slow
 def test_std_grows_far_from_the_optimum_and_shrinks_around_it():
     """The paper's point: PPO-CMA-m's variance grows while there is progress, PPO's only shrinks."""
     from cma_didactic import optimize, quadratic
@@ -463,6 +464,7 @@ def test_std_grows_far_from_the_optimum_and_shrinks_around_it():
     assert ppo.max() < 1.05 * ppo[0]
 
 
+@pytest.mark.slow
 def test_full_covariance_follows_a_rotated_valley():
     from cma_didactic import optimize, valley
 

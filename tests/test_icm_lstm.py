@@ -824,7 +824,10 @@ RECALL = (
 )
 
 
-@pytest.mark.parametrize("recurrence", ["lstm", "none"])
+WITHOUT = pytest.param("none", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("recurrence", ["lstm", WITHOUT])
 def test_memory_learns_to_recall(tmp_path, recurrence):
     """What it was shown five steps ago: 1 a hit, half of them by chance."""
     line = ["python", str(ROOT / "ppo_icm_lstm.py"), *RECALL.split(), "--run-dir", "a"]

@@ -292,6 +292,7 @@ def evaluated(run, tmp_path, script, folder, episodes):
     return result(tmp_path / folder)["eval_return"][0]["mean"]
 
 
+@pytest.mark.slow
 def test_learns_pendulum(run, tmp_path):
     """Out of a broken agent's reach: doing nothing earns about -1200."""
     flags = "--num-envs 16 --num-steps 64 --gamma 0.9 --learning-rate 1e-3 --critic-sizes 64 64"
