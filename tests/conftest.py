@@ -5,15 +5,20 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 from processes import execute
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX starts
-# Half of the time goes into compilation
+# Half of the time goes into compilation; what one process has compiled is there for all others
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    COMPILED = tempfile.TemporaryDirectory(prefix="compiled")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(ROOT.glob("ppo_*.py"))
