@@ -265,7 +265,7 @@ def test_networks(atari, name, shape, meant):
     obs = np.random.default_rng(0).integers(256, size=(3, *shape), dtype=np.uint8)
     network = atari.ActorCritic(spaces.Discrete(6), args)
     assert atari.network_of(jnp.asarray(obs), args) == meant
-    init = jax.jit(jax.vmap(network.init, (0, None)))
+    init = jax.jit(lambda keys, obs: jax.lax.map(lambda key: network.init(key, obs), keys))
     params = init(jax.random.split(jax.random.PRNGKey(0)), obs)
     assert all(x.dtype == np.float32 for x in jax.tree.leaves(params))
     policy, value = jax.jit(jax.vmap(network.apply, (0, None)))(params, obs)
