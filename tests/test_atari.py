@@ -617,7 +617,8 @@ def act_and_record(runner, learner, run, taken):
 def test_play_and_film_draw_fresh_noise(atari, tmp_path, monkeypatch):
     """An untrained policy that samples does not do the same in each rollout."""
     small = {"num_envs": 1, "num_steps": 4, "num_minibatches": 1, "eval_episodes": 3}
-    args = atari.Args(env_id="CartPole-v1", mode="eval", run_dir=str(tmp_path), **small)
+    shown = {"mode": "eval", "video": True, "run_dir": str(tmp_path)}
+    args = atari.Args(env_id="CartPole-v1", **shown, **small)
     make_run = atari.make_run
     taken = []
 

@@ -55,7 +55,8 @@ def test_what_is_nearly_right_in_jax_is_taken(ppo):
 
 def test_a_film_shows_each_step(tmp_path, ppo):
     """Also where an environment draws all of them into the same picture."""
-    args = ppo.Args(env_id="jax:jax_tasks:Painted", run_dir=str(tmp_path), mode="eval")
+    shown = {"mode": "eval", "video": True, "run_dir": str(tmp_path)}
+    args = ppo.Args(env_id="jax:jax_tasks:Painted", **shown)
     ppo.film(args, ppo.make_run(args).init())
     (film,) = (tmp_path / "videos").glob("*.mp4")
     brightness = imageio.v3.imread(film).mean(axis=(1, 2, 3))

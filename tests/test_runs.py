@@ -395,3 +395,13 @@ def test_script_metadata_is_requirements_txt(path):
     wanted = {line.strip() for line in lines if line[:1].isalpha()}
     named = {part for part in header.split('"') if ">=" in part and part[0].isalpha()}
     assert named == {x for x in wanted if not x.startswith(TOOLS)}
+
+
+@pytest.mark.parametrize(
+    "folder", sorted((ROOT / "benchmarks/zoo").glob("*/")), ids=lambda x: x.name
+)
+def test_a_policy_of_the_zoo_plays(run, tmp_path, folder):
+    shutil.copytree(folder, tmp_path / "a")
+    script = result(folder)["script"].removesuffix(".py")
+    short = ["--eval-episodes", 1, "--eval-steps", 100]
+    assert "return" in run(script, "--mode", "eval", "--run-dir", "a", *short).stdout
