@@ -84,7 +84,7 @@ DRAWN = {  # without shrinking, as each example takes seconds
 }
 
 
-@pytest.mark.parametrize("examples", [4, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [2, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("script", [x.stem for x in SCRIPTS])
 def test_any_command_line(script, examples):
     @settings(max_examples=examples, **DRAWN)
@@ -206,7 +206,7 @@ def test_any_spaces(script):
     """Two iterations of actions inside of their space, and every number is there to be seen."""
     module = __import__(script)
 
-    @settings(max_examples=4, **DRAWN)
+    @settings(max_examples=3, **DRAWN)
     @given(NESTED, ACTIONS[script])
     def check(observation_space, action_space):
         check_spaces(module, observation_space, action_space)

@@ -252,7 +252,7 @@ NETWORKS = [
     ("auto", (4, 84, 84), "nature"),
     ("auto", (10, 10, 4), "small"),
     ("auto", (512,), "mlp"),
-    ("impala", (64, 64, 3), "impala"),
+    ("impala", (36, 36, 3), "impala"),
     ("ppo1", (4, 84, 84), "ppo1"),
     ("mlp", (10, 10, 4), "mlp"),
 ]

@@ -476,11 +476,15 @@ def test_a_bad_setting_is_named(script):
 
 @pytest.mark.parametrize(("flags", "said"), [("--gamma 2", "gamma"), ("--learning-rat 1", "-rate")])
 def test_bad_flags_end_with_two(script, monkeypatch, capsys, flags, said):
-    """Of a wrong value and of an unknown name; help is help."""
+    """Of a wrong value and of an unknown name."""
     module = __import__(script)
     assert main(module, monkeypatch, *flags.split()) == 2
     shown = capsys.readouterr()
     assert said in shown.out + shown.err
+
+
+def test_help_is_help(script, monkeypatch, capsys):
+    module = __import__(script)
     assert main(module, monkeypatch, "--help") == 0
     shown = capsys.readouterr().out
     for word in ("--env-id", "discount factor", "--num-seeds", "widths"):

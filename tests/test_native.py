@@ -145,7 +145,7 @@ def test_resumed_equals_never_stopped_to_the_last_bit(run, tmp_path, script):
 
 @pytest.mark.costly
 def test_seeds_and_processes_compute_what_one_does(run, tmp_path, script):
-    """Seed k of S and two processes: what the host shares out, tests/test_runs.py has on cores."""
+    """Seed k of S and two processes; tests/test_runs.py has them on the host."""
     flags = [*PENDULUM, "--total-timesteps", 64 * 4 * 3]
     run(script, *flags, "--run-dir", "one")
     run(script, *flags, "--seed", 0, "--num-seeds", 2, "--run-dir", "batch")

@@ -681,7 +681,10 @@ def test_a_collision_at_the_time_limit_is_one():
 
 @pytest.mark.parametrize(
     ("name", "scenario"),
-    [("MPE_simple_tag_v3", ""), ("HeuristicEnemySMAX", "3m")],
+    [
+        ("MPE_simple_tag_v3", ""),
+        pytest.param("HeuristicEnemySMAX", "3m", marks=pytest.mark.slow),
+    ],
 )
 def test_jaxmarl_itself(name, scenario):
     jaxmarl = pytest.importorskip("jaxmarl")
