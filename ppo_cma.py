@@ -189,10 +189,10 @@ class Args(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings"):
     @model_validator(mode="after")
     def check_grid(self) -> "Args":
         """Raises: ValueError where a lone run could not have a member's settings."""
-        names = [member_name(x) for x in self.members]
-        if len(names) > len(set(names)):
-            raise ValueError("--grid has a point twice")
-        for point in read_grid(self.grid) if self.grid else []:
+        points = read_grid(self.grid) if self.grid else []
+        for point in points:
+            if points.count(point) > 1:
+                raise ValueError(f"--grid has {point} twice")
             if not point.keys() <= set(Schedule._fields):
                 raise ValueError(f"--grid: what can vary is {', '.join(Schedule._fields)}")
             try:
@@ -1460,14 +1460,8 @@ def make_mesh(args: Args) -> Mesh:
 
 
 # Training
-def first_schedule(args: Args, varied: dict[str, Array]) -> Schedule:
-    """Returns the settings that are traced, of which a grid gives a member its own."""
-    given = dict(args) | varied
-    return Schedule(*(jnp.float32(given[name]) for name in Schedule._fields))
-
-
 def first_params(
-    key: Array, init_key: Array, obs_size: int, rate: Array, network: nn.Module, args: Args
+    key: Array, init_key: Array, obs_size: int, rate: Array | float, network: nn.Module, args: Args
 ) -> Any:
     """Returns parameters whose policy has learnt the first Gaussian, on standard normal states."""
 
@@ -1499,11 +1493,15 @@ def first_params(
 def init_learner(
     seed: Array, shown: TimeStep, network: nn.Module, args: Args, **varied: Array
 ) -> LearnerState:
-    """Returns a member's new learner, for environments that show what `shown` is like, [...]."""
+    """Returns a member's new learner, for environments that show what `shown` is like, [...].
+
+    Args:
+        varied: the settings in which a grid's members differ.
+    """
     obs_size = len(shown.obs)
     key, init_key, run_key = jax.random.split(jax.random.PRNGKey(seed), 3)
-    schedule = first_schedule(args, varied)
-    rate = schedule.learning_rate
+    given = dict(args) | varied
+    rate = given["learning_rate"]
     params = first_params(key, init_key, obs_size, rate, network, args)
     action_size = math.prod(network.space.shape)
     adam = optax.scale_by_adam()
@@ -1530,7 +1528,7 @@ def init_learner(
         params={"params": params},
         opt_state=training,
         obs_stats=Scaler(mean_square=none, scale=none + 1, count=jnp.float32(0)),
-        schedule=schedule,
+        schedule=Schedule(*(jnp.float32(given[name]) for name in Schedule._fields)),
         key=run_key,
         iteration=jnp.int32(0),
         episodes=jnp.int32(0),
@@ -1935,7 +1933,8 @@ def open_logs(args: Args, iteration: int) -> list[EventFileWriter]:
     writers = []
     for member in args.members:
         folder = args.folder / member_name(member) if len(args.members) > 1 else args.folder
-        writer = event_file_writer.EventFileWriter(str(folder), flush_secs=10)  # or its follower
+        # Not the imported class: --track replaces the module's by one that it can follow
+        writer = event_file_writer.EventFileWriter(str(folder), flush_secs=10)
         start = SessionLog(status=SessionLog.START)
         writer.add_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
         add_summary(writer, step, hparams_pb(settings | member, str(folder)))

@@ -248,10 +248,10 @@ class Args(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings"):
     @model_validator(mode="after")
     def check_grid(self) -> "Args":
         """Raises: ValueError where a lone run could not have a member's settings."""
-        names = [member_name(x) for x in self.members]
-        if len(names) > len(set(names)):
-            raise ValueError("--grid has a point twice")
-        for point in read_grid(self.grid) if self.grid else []:
+        points = read_grid(self.grid) if self.grid else []
+        for point in points:
+            if points.count(point) > 1:
+                raise ValueError(f"--grid has {point} twice")
             if not point.keys() <= set(Schedule._fields):
                 raise ValueError(f"--grid: what can vary is {', '.join(Schedule._fields)}")
             try:
@@ -2360,16 +2360,15 @@ def make_mesh(args: Args) -> Mesh:
 
 
 # Training
-def first_schedule(args: Args, varied: dict[str, Array]) -> Schedule:
-    """Returns the settings that are traced, of which a grid gives a member its own."""
-    given = dict(args) | varied
-    return Schedule(*(jnp.float32(given[name]) for name in Schedule._fields))
-
-
 def init_learner(
     seed: Array, shown: TimeStep, network: nn.Module, args: Args, **varied: Array
 ) -> LearnerState:
-    """Returns a member's new learner, for environments that show what `shown` is like, [...]."""
+    """Returns a member's new learner, for environments that show what `shown` is like, [...].
+
+    Args:
+        varied: the settings in which a grid's members differ.
+    """
+    given = dict(args) | varied
     key = jax.random.PRNGKey(seed)
     zeros = jax.tree.map(lambda x: jnp.zeros_like(x[0]), shown.obs)  # of an observation's copies
     zero = jnp.float32(0)
@@ -2398,7 +2397,7 @@ def init_learner(
         return_stats=none,
         value_stats=none,
         rewards_seen=jnp.zeros(2, jnp.float32),
-        schedule=first_schedule(args, varied),
+        schedule=Schedule(*(jnp.float32(given[name]) for name in Schedule._fields)),
         key=jax.random.fold_in(key, 1),
         iteration=jnp.int32(0),
         progress=zero,
@@ -2804,7 +2803,8 @@ def open_logs(args: Args, iteration: int) -> list[EventFileWriter]:
     writers = []
     for member in args.members:
         folder = args.folder / member_name(member) if len(args.members) > 1 else args.folder
-        writer = event_file_writer.EventFileWriter(str(folder), flush_secs=10)  # or its follower
+        # Not the imported class: --track replaces the module's by one that it can follow
+        writer = event_file_writer.EventFileWriter(str(folder), flush_secs=10)
         start = SessionLog(status=SessionLog.START)
         writer.add_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
         add_summary(writer, step, hparams_pb(settings | member, str(folder)))

@@ -224,10 +224,10 @@ class Args(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings"):
     @model_validator(mode="after")
     def check_grid(self) -> "Args":
         """Raises: ValueError where a lone run could not have a member's settings."""
-        names = [member_name(x) for x in self.members]
-        if len(names) > len(set(names)):
-            raise ValueError("--grid has a point twice")
-        for point in read_grid(self.grid) if self.grid else []:
+        points = read_grid(self.grid) if self.grid else []
+        for point in points:
+            if points.count(point) > 1:
+                raise ValueError(f"--grid has {point} twice")
             if not point.keys() <= set(Schedule._fields):
                 raise ValueError(f"--grid: what can vary is {', '.join(Schedule._fields)}")
             try:
@@ -2091,16 +2091,15 @@ def make_mesh(args: Args) -> Mesh:
 
 
 # Training
-def first_schedule(args: Args, varied: dict[str, Array]) -> Schedule:
-    """Returns the settings that are traced, of which a grid gives a member its own."""
-    given = dict(args) | varied
-    return Schedule(*(jnp.float32(given[name]) for name in Schedule._fields))
-
-
 def init_learner(
     seed: Array, shown: TimeStep, network: nn.Module, args: Args, **varied: Array
 ) -> LearnerState:
-    """Returns a member's new learner, for teams that show what `shown` is like, [A, ...]."""
+    """Returns a member's new learner, for teams that show what `shown` is like, [A, ...].
+
+    Args:
+        varied: the settings in which a grid's members differ.
+    """
+    given = dict(args) | varied
     key = jax.random.PRNGKey(seed)
     views = jax.tree.map(lambda x: jnp.zeros_like(x[0]), make_views(shown, args))
     params = init_params(key, views, network)
@@ -2117,7 +2116,7 @@ def init_learner(
         critic_stats=no_stats(views.critic),
         return_stats=no_stats(few),
         value_stats=no_stats(few),
-        schedule=first_schedule(args, varied),
+        schedule=Schedule(*(jnp.float32(given[name]) for name in Schedule._fields)),
         key=jax.random.fold_in(key, 1),
         iteration=jnp.int32(0),
         episodes=jnp.int32(0),
@@ -2541,7 +2540,8 @@ def open_logs(args: Args, iteration: int) -> list[EventFileWriter]:
     writers = []
     for member in args.members:
         folder = args.folder / member_name(member) if len(args.members) > 1 else args.folder
-        writer = event_file_writer.EventFileWriter(str(folder), flush_secs=10)  # or its follower
+        # Not the imported class: --track replaces the module's by one that it can follow
+        writer = event_file_writer.EventFileWriter(str(folder), flush_secs=10)
         start = SessionLog(status=SessionLog.START)
         writer.add_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
         add_summary(writer, step, hparams_pb(settings | member, str(folder)))

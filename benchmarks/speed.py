@@ -2,7 +2,7 @@
 
     python -m benchmarks.speed  # lists what there is to compare
     python -m benchmarks.speed halfcheetah pong "cost-*" --peer-python ../peers/bin/python
-    python -m benchmarks.speed cartpole hopper --peer-python ../peers/bin/python \
+    python -m benchmarks.speed cartpole hopper --peer-python ../peers/bin/python \\
         --checkouts purejaxrl ../purejaxrl jaxmarl ../JaxMARL ppocma ../ppocma
 
 The peers are functions of benchmarks/peers.py, which says what their Python needs. Steps per second
@@ -107,6 +107,7 @@ IPPO = (
     " --num-minibatches 4 --update-epochs 4 --learning-rate 2.5e-4 --hidden-sizes 64 64"
     " --critic-sizes 64 64 --activation tanh --clip-vloss"
 )
+GRID = "ppo_continuous.py --env-id gymnax/Pendulum-v1 --log-interval 10"
 PENDULUM = "ppo_continuous.py --num-steps 32 --critic-sizes 256 256 --log-interval 10"
 
 
@@ -158,11 +159,13 @@ def costs() -> dict[str, Comparison]:
     for place, env_id in {"host": "Pendulum-v1", "device": "gymnax/Pendulum-v1"}.items():
         for envs in (4, 16, 64, 256, 1024, 4096):
             what = f"{env_id}, on the {place}: {envs} environments over 1"
-            many, one = pendulum(env_id, envs, 1), pendulum(env_id, 1, 1)
+            many = pendulum(env_id, envs, 1)
+            one = pendulum(env_id, 1, 1)
             found[f"cost-{place}-{envs}-environments"] = Comparison(what, *many, *one)
         for seeds in (2, 4, 8, 16, 32, 64):
             what = f"{env_id}, on the {place}: {seeds} seeds over 1, of 64 environments each"
-            many, one = pendulum(env_id, 64, seeds), pendulum(env_id, 64, 1)
+            many = pendulum(env_id, 64, seeds)
+            one = pendulum(env_id, 64, 1)
             found[f"cost-{place}-{seeds}-seeds"] = Comparison(what, *many, *one)
     return found
 
@@ -208,6 +211,14 @@ COMPARISONS = {
         12800,
         SMALL_HOPPER,
         128_000,
+    ),
+    "grid": Comparison(
+        "gymnax/Pendulum-v1: seconds of 8 members of a grid over those of one run",
+        f"{GRID} --grid learning_rate=1e-4,3e-4,1e-3,3e-3 gamma=0.98,0.99",
+        100_000,
+        GRID,
+        100_000,
+        goal=math.inf,
     ),
     "foraging": alone("jumanji/LevelBasedForaging-v0", "2s-8x8-2p-2f-coop"),
     "warehouse-2ag": alone("jumanji/RobotWarehouse-v0", "tiny-2ag"),
@@ -283,13 +294,15 @@ def compare(comparison: Comparison, options: Options) -> dict:
     steps = int(comparison.steps * options.scale)
     command = f"{comparison.ours} --total-timesteps {steps} {options.flags}"
     values: dict[str, list[float]] = {"ours": [], "peer": []}
+    last: dict[str, Measured] = {}
     for number in range(options.rounds):
         turn = ("ours", "peer") if number % 2 == 0 else ("peer", "ours")
         for side in turn:
             if side == "ours":
-                found = ours = run_ours(command, comparison.goal)
+                found = run_ours(command, comparison.goal)
             else:
-                found = peer = run_peer(comparison, options)
+                found = run_peer(comparison, options)
+            last[side] = found
             values[side].append(found.value)
     ratio = float(np.median(values["ours"]) / np.median(values["peer"]))
     return {
@@ -298,9 +311,9 @@ def compare(comparison: Comparison, options: Options) -> dict:
         "unit": "steps per second" if comparison.goal is None else "seconds",
         "ratio": ratio if comparison.goal is None else 1 / ratio,
         "run": " ".join(["python", *command.split()]),
-        "versions": ours.versions,
-        "peer_versions": peer.versions,
-        "device": ours.device,
+        "versions": last["ours"].versions,
+        "peer_versions": last["peer"].versions,
+        "device": last["ours"].device,
     }
 
 

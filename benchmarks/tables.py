@@ -120,7 +120,7 @@ def member_folder(folder: Path, member: dict, alone: bool) -> Path:
     """Returns the place of a member's event files in a run folder."""
     if alone:
         return folder
-    settings = [f"{key}={value:g}" for key, value in member.items() if key != "seed"]
+    settings = [f"{key}={value}" for key, value in member.items() if key != "seed"]
     return folder / ",".join([*settings, f"seed{member['seed']}"])
 
 

@@ -69,7 +69,8 @@ def test_termination_is_told_from_truncation(ppo):
     t, _ = play(ppo, "InvertedPendulum-v4", 300)
     assert_next_step_resets(t)
     np.testing.assert_array_equal(t.terminated, t.done)  # it falls long before 1000 steps
-    last, first = t.obs[1:, :, 1][t.done > 0], t.obs[1:, :, 1][t.mask == 0]
+    last = t.obs[1:, :, 1][t.done > 0]
+    first = t.obs[1:, :, 1][t.mask == 0]
     assert np.abs(last).min() > 0.2  # the true last observation: fallen
     assert np.abs(first).max() < 0.05  # the new episode's first
 

@@ -512,7 +512,8 @@ def wonder_by_hand(params, obs, next_obs, action):
         layers = [p[f"{name}_{i}"] for i in range(2)]
         return reference.mlp([(y["kernel"], y["bias"]) for y in layers], x)[0]
 
-    before, after = net("features", obs), net("features", next_obs)
+    before = net("features", obs)
+    after = net("features", next_obs)
     predicted = net("forward", np.concatenate([before, action]))
     guess = net("inverse", np.concatenate([before, after]))
     return np.sum((predicted - after) ** 2), guess
@@ -748,7 +749,8 @@ def test_annealed_numbers_end_at_their_least(icm):
 def test_parts_have_encoders_of_their_own(icm):
     """Each sees its part only, by name or by range; what is not named goes in as it is."""
     obs = np.random.default_rng(12).normal(0, 1, (5, 1, 6)).astype(np.float32)
-    near, far = spaces.Box(-1, 1, (4,)), spaces.Box(-1, 1, (2,))
+    near = spaces.Box(-1, 1, (4,))
+    far = spaces.Box(-1, 1, (2,))
     for split, space, shown in (
         (("0:4", "4:6"), spaces.Box(-1, 1, (6,)), obs),
         (

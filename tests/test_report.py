@@ -105,13 +105,13 @@ def test_a_command_makes_the_run_again(trained):
     assert args | {"run_dir": ""} == result(trained)["args"] | {"run_dir": ""}
 
 
-def test_members_of_a_grid_are_grouped_by_their_settings(tmp_path):
-    members = [{"seed": seed, "gamma": gamma} for gamma in (0.9, 0.99) for seed in (1, 2)]
+def test_members_of_a_grid_are_grouped_by_their_settings(tmp_path, ppo):
+    members = [{"seed": seed, "gamma": gamma} for gamma in (0.9, 0.9876543210) for seed in (1, 2)]
     folder = run_folder(tmp_path / "grid", members, seeds=(1, 2, 1, 2))
     for i, member in enumerate(members):
-        write(folder / f"gamma={member['gamma']:g},seed{member['seed']}", [i, i + 1, i + 2, i + 3])
+        write(folder / ppo.member_name(member), [i, i + 1, i + 2, i + 3])
     low, high = tables.collect([tmp_path])
-    assert (low["name"], high["name"]) == ("Task-v0 ppo gamma=0.9", "Task-v0 ppo gamma=0.99")
+    assert (low["name"], high["name"]) == ("Task-v0 ppo gamma=0.9", "Task-v0 ppo gamma=0.987654")
     assert low["seeds"] == high["seeds"] == [1, 2]
     assert low["returns"] == [[0, 1, 2, 3], [1, 2, 3, 4]]
     assert high["returns"] == [[2, 3, 4, 5], [3, 4, 5, 6]]

@@ -21,7 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 teams = load(ROOT / "ppo_multiagent.py")
-Args, InputError, make_env = teams.Args, teams.InputError, teams.make_env
+Args = teams.Args
+InputError = teams.InputError
+make_env = teams.make_env
 sys.modules["test_teams"] = sys.modules[__name__]  # whatever pytest calls it
 MADE = []  # scripted teams, the newest last
 SCRIPT = {}  # of the next ones
@@ -41,7 +43,10 @@ class Scripted:
         observations = copy.deepcopy(observations)  # each team draws its own
         self.observations = dict(zip(self.possible_agents, observations, strict=True))
         self.actions = dict(zip(self.possible_agents, actions, strict=True))
-        self.kinds, self.stay, self.bare, self.masks = kinds, stay, bare, masks
+        self.kinds = kinds
+        self.stay = stay
+        self.bare = bare
+        self.masks = masks
         self.log = []  # one entry a reset or a step
         self.random = np.random.default_rng(0)
         MADE.append(self)
@@ -225,7 +230,9 @@ def check_against_books(env, time_steps, books, one_for_all=False):
             over = entry["time"] > 0 and entry["time"] == max(entry["ends"].values())
             assert team_over(mine)[t] == over
             for a, name in enumerate(names):
-                time, end, how = entry["time"], entry["ends"][name], entry["how"][name]
+                time = entry["time"]
+                end = entry["ends"][name]
+                how = entry["how"][name]
                 assert mine.alive[t, a] == (time < end)
                 at_end = time > 0 and time == end
                 assert mine.terminated[t, a] == (at_end and how != "cut")
