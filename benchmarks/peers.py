@@ -187,6 +187,32 @@ def jaxmarl_spread(steps: int, checkout: str) -> float:
     return compiled_speed(f"{checkout}/baselines/IPPO", "ippo_ff_mpe", steps, **settings)
 
 
+def jaxmarl_smax(steps: int, checkout: str, scenario: str, seed: int) -> float:
+    """Returns the part of its battles that JaxMARL's mappo_rnn_smax.py wins in the end.
+
+    That is the mean over the last tenth of its updates. Its settings are those of its own
+    configuration, but for the steps, to whose end its step size goes to zero.
+    """
+    import jax
+    import wandb
+    from omegaconf import OmegaConf
+
+    won = []
+
+    def keep(metrics: dict) -> None:
+        won.append(float(metrics["win_rate"]))
+
+    wandb.log = keep  # the script tells it of every update
+    folder = f"{checkout}/baselines/MAPPO"
+    sys.path.insert(0, folder)
+    config = OmegaConf.load(f"{folder}/config/mappo_homogenous_rnn_smax.yaml")
+    config = OmegaConf.to_container(config) | {"TOTAL_TIMESTEPS": steps, "MAP_NAME": scenario}
+    train = importlib.import_module("mappo_rnn_smax").make_train(config)
+    jax.block_until_ready(jax.jit(train)(jax.random.PRNGKey(seed)))
+    last = won[-(len(won) // 10) :]
+    return sum(last) / len(last)
+
+
 # --- Teams' environments alone ---
 
 

@@ -1,5 +1,6 @@
 """What the tests share: the scripts as modules, small settings, and runs as users make them."""
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -16,8 +17,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX starts
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
 if "PYTEST_XDIST_WORKER" not in os.environ:
-    COMPILED = tempfile.TemporaryDirectory(prefix="compiled")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+    SHARED = tempfile.TemporaryDirectory(prefix="ppo_tests")
+    os.environ["SHARED_BY_TESTS"] = SHARED.name
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{SHARED.name}/compiled"
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 ROOT = Path(__file__).parents[1]
@@ -189,28 +191,28 @@ def run(tmp_path):
     return run
 
 
-@pytest.fixture(scope="session")
-def trained_once(tmp_path_factory):
-    """Trains each script once, on a counter, two iterations with a checkpoint each."""
-    folders = {}
+def train_once(script):
+    """Returns the folder of a run on a counter, of two iterations with a checkpoint each.
 
-    def train(script):
-        if script not in folders:
-            folder = tmp_path_factory.mktemp(script) / "a"
+    One of the tests' processes trains it, and the others wait for it.
+    """
+    shared = Path(os.environ["SHARED_BY_TESTS"], script)
+    shared.mkdir(exist_ok=True)
+    folder = shared / "a"
+    with (shared / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
             flags = [*SMALL[script], "--env-id", "scripted:Counter-v0", "--run-dir", folder]
             line = command(script, *flags, "--checkpoint-interval", 1)
-            execute(line, folder.parent, environment()).check_returncode()
-            folders[script] = folder
-        return folders[script]
-
-    return train
+            execute(line, shared, environment()).check_returncode()
+    return folder
 
 
 @pytest.fixture
-def trained(trained_once, tmp_path):
+def trained(tmp_path):
     """Lays a finished run of a script into the empty folder, as `a`; returns its folder."""
 
     def lay(script):
-        return Path(shutil.copytree(trained_once(script), tmp_path / "a"))
+        return Path(shutil.copytree(train_once(script), tmp_path / "a"))
 
     return lay

@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from conftest import ROOT, SMALL, command, environment
+from conftest import SMALL, command, environment
+from processes import execute
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
@@ -74,20 +76,25 @@ def run_on_cores(tmp_path, script, cores, *flags):
         f"os.sched_getaffinity = lambda _: range({cores})\n"
         "try:\n m.main()\nfinally:\n print(m.jax.devices())"
     )
-    _, _, *rest = command(script, *SMALL[script], *flags)
-    line = [sys.executable, "-c", code, *rest]
-    line += ["--batch-size", 256, "--action-repeat", 1] if script == "ppo_cma" else []
-    env = environment(PYTHONPATH=str(ROOT))
-    line = [str(word) for word in line]
-    done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    more = ["--batch-size", 256, "--action-repeat", 1] if script == "ppo_cma" else []
+    done = run_code(tmp_path, code, script, *flags, *more)
     assert done.stdout.count("CpuDevice") == cores
+
+
+def run_code(tmp_path, code, script, *flags):
+    """Returns the finished process of a few lines of Python with a script's command line."""
+    path = tmp_path / "code.py"
+    path.write_text(code)
+    _, _, *rest = command(script, *SMALL[script], *flags)
+    done = execute([sys.executable, str(path), *rest], tmp_path, environment())
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def run_in_two_processes(tmp_path, script, *flags):
     """Runs a script under gloo, found through what Open MPI's mpirun tells its processes."""
-    both = []
-    for rank in range(2):
+
+    def run(rank):
         env = environment(
             OMPI_MCA_orte_hnp_uri=f"{os.getpid() % 4000 << 12}.0;tcp://127.0.0.1:1",
             OMPI_COMM_WORLD_SIZE="2",
@@ -95,8 +102,8 @@ def run_in_two_processes(tmp_path, script, *flags):
             OMPI_COMM_WORLD_LOCAL_RANK=str(rank),
         )
         line = command(script, *SMALL[script], *flags, "--distributed")
-        process = subprocess.Popen(line, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
-        both.append(process)
-    for process in both:
-        _, errors = process.communicate(timeout=180)
-        assert process.returncode == 0, errors
+        return execute(line, tmp_path, env, timeout=180)
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in pool.map(run, range(2)):
+            assert done.returncode == 0, done.stderr

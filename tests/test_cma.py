@@ -239,6 +239,7 @@ def shown(cma, size):
 def small_learner(cma, **settings):
     """Returns arguments, a network and a new learner, of observations of two numbers."""
     small = {"batch_size": 16, "num_updates": 3, "init_updates": 5, "action_repeat": 1}
+    small |= {"history_size": 3}
     args = cma.Args(**small | settings)
     network = cma.ActorCritic(Box(-2, 2, (U,), np.float32), args)
     init = partial(cma.init_learner, shown=shown(cma, 2), network=network, args=args)
@@ -266,7 +267,7 @@ def bandit(cma, **settings):
 
 
 def test_minibatches_hold_decisions_of_all_remembered_iterations(cma):
-    args, network, learner, transition = bandit(cma, history_size=3)
+    args, network, learner, transition = bandit(cma)
     update = jax.jit(partial(cma.update, network=network, args=args))
     for i in range(4):
         obs = transition.obs.copy()
@@ -290,7 +291,7 @@ def test_minibatches_hold_decisions_of_all_remembered_iterations(cma):
 
 def test_update_is_a_plain_loop(cma):
     """A second update against Python loops over the same minibatches, with Adam by hand."""
-    args, network, learner, transition = bandit(cma, history_size=2)
+    args, network, learner, transition = bandit(cma)
     update = jax.jit(partial(cma.update, network=network, args=args))
     learner, _ = update(learner, transition)
     learner = learner._replace(params=moved(learner.params))
@@ -302,7 +303,7 @@ def test_update_is_a_plain_loop(cma):
     params = learner.params["params"] | {"critic": critic, "warm": jnp.float32(1)}
     start = new._replace(params={"params": params}, iteration=learner.iteration)
     for key, part, loss, slots in (
-        (keys[2], "std", cma.cma_std_loss, 2),
+        (keys[2], "std", cma.cma_std_loss, 3),
         (keys[3], "mean", cma.cma_mean_loss, 1),
     ):
         own = params[part]

@@ -12,7 +12,9 @@ import time
 
 import numpy as np
 import pytest
+import tyro
 from conftest import ROOT, SMALL, command, environment
+from processes import execute
 from runs import result, scalars
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -36,7 +38,7 @@ def trained(tmp_path_factory):
     flags = "--env-id gymnax/Pendulum-v1 --num-seeds 2 --num-envs 8 --num-steps 64 --log-interval 2"
     flags = [*SMALL["ppo_continuous"], *flags.split(), "--total-timesteps", "8192"]
     line = command("ppo_continuous", *flags, "--run-dir", folder)
-    subprocess.run(line, check=True, env=environment(), stderr=subprocess.DEVNULL)
+    execute(line, folder.parent, environment()).check_returncode()
     return folder
 
 
@@ -91,17 +93,11 @@ def test_curves_are_what_the_event_files_say(trained):
     assert np.all(np.diff(entry["seconds"]) > 0)
 
 
-def test_a_command_makes_the_run_again(trained):
+def test_a_command_makes_the_run_again(trained, ppo):
     (entry,) = tables.collect([trained])
     words = shlex.split(entry["command"])
     assert words[:2] == ["python", "ppo_continuous.py"]
-    code = (
-        "import sys, tyro, ppo_continuous as ppo;"
-        "print(tyro.cli(ppo.Args, args=sys.argv[1:]).model_dump_json())"
-    )
-    line = [sys.executable, "-c", code, *words[2:]]
-    said = subprocess.run(line, check=True, capture_output=True, cwd=ROOT, env=environment()).stdout
-    args = json.loads(said)
+    args = json.loads(tyro.cli(ppo.Args, args=words[2:]).model_dump_json())
     assert args | {"run_dir": ""} == result(trained)["args"] | {"run_dir": ""}
 
 
