@@ -239,7 +239,11 @@ class Args(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings"):
     @model_validator(mode="after")
     def check(self) -> "Args":
         """Raises: ValueError where settings contradict each other."""
-        if not isinstance(json.loads(self.env_kwargs), dict):
+        try:
+            is_object = isinstance(json.loads(self.env_kwargs), dict)
+        except json.JSONDecodeError:
+            is_object = False
+        if not is_object:
             raise ValueError("--env-kwargs: give '{\"name\": value}'")
         if self.num_iterations < 1:
             raise ValueError("--total-timesteps is below one rollout, --num-envs x --num-steps")

@@ -392,6 +392,7 @@ BAD_FLAGS = [
     "--hidden-sizes 8 -8",
     "--env-kwargs [1]",
     "--env-kwargs {size:3}",
+    "--env-kwargs {",
     "--checkpoint-interval 0",
     "--eval-episodes 0",
     "--grid gamma=0.9,2",
