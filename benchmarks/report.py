@@ -2,13 +2,14 @@
 
     python -m benchmarks.report  # run folders below runs/, and benchmarks/results/: report.html
     python -m benchmarks.report runs/ppo_continuous/Hopper-v4 --out hopper.html
-    python -m benchmarks.report --collect hopper runs/ppo_continuous/Hopper-v4
+    python -m benchmarks.report --collect hopper runs/ppo_continuous/Hopper-v4 --picture
 
 The page is one file that needs neither server nor network. Bands and brackets are 95 % bootstrap
 intervals over seeds; where settings share environments, rliable compares them, with seeds drawn
 anew within each environment (Agarwal et al. 2021, arXiv 2108.13264). --collect writes the entries
-of run folders to benchmarks/results/NAME.json. README.md is made of benchmarks/results/,
-references.toml and remarks/ alone: whoever runs this without new results gets the same text.
+of run folders to benchmarks/results/NAME.json, --picture also their curves to NAME.png. README.md
+is made of benchmarks/results/, references.toml and remarks/ alone: whoever runs this without new
+results gets the same text.
 """
 
 import base64
@@ -19,6 +20,7 @@ import json
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from numpy.random import mtrand
@@ -62,6 +64,21 @@ def curve_plots(entries: list[dict]) -> dict[str, dict]:
         value, why = threshold_of(group[0])
         plots[title] = {"kind": "curves", "lines": lines, "threshold": value, "why": why}
     return plots
+
+
+def draw(entries: list[dict], path: Path) -> None:
+    """Draws the page's curves of means as a picture, a panel an environment."""
+    plots = curve_plots(entries)
+    size = (5 * len(plots), 4)
+    figure, axes = plt.subplots(1, len(plots), figsize=size, squeeze=False, layout="constrained")
+    for axis, (title, plot) in zip(axes[0], plots.items(), strict=True):
+        for curve in plot["lines"]:
+            mean, low, high = curve["mean"]
+            axis.plot(curve["steps"], mean, label=curve["label"])
+            axis.fill_between(curve["steps"], low, high, alpha=0.2)
+        axis.set(title=title, xlabel="steps", ylabel="return of the last 100 episodes")
+    axes[0, 0].legend()
+    figure.savefig(path, dpi=100)
 
 
 # --- Thresholds ---
@@ -345,6 +362,7 @@ def main(
     runs: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs"), Path("benchmarks/results")),
     out: Path = Path("report.html"),
     collect: str = "",
+    picture: bool = False,
 ) -> None:
     """Writes the page and benchmarks/README.md, or collects run folders.
 
@@ -352,6 +370,7 @@ def main(
         runs: run folders, folders of such, result files, or folders of such.
         out: the page.
         collect: a name; benchmarks/results/NAME.json is then written from run folders.
+        picture: with a name, their curves are also drawn to NAME.png.
     """
     there = [path for path in runs if path.exists()]
     if collect:
@@ -361,6 +380,8 @@ def main(
         path = RESULTS / f"{collect}.json"
         path.write_text(json.dumps(entries) + "\n")
         print(f"{path}: {len(entries)} entries")
+        if picture:
+            draw(entries, path.with_suffix(".png"))
     else:
         content = page(there)
         if "<details" not in content:
