@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from conftest import SMALL, command, environment
@@ -93,8 +92,8 @@ def run_code(tmp_path, code, script, *flags):
 
 def run_in_two_processes(tmp_path, script, *flags):
     """Runs a script under gloo, found through what Open MPI's mpirun tells its processes."""
-
-    def run(rank):
+    both = []
+    for rank in range(2):
         env = environment(
             OMPI_MCA_orte_hnp_uri=f"{os.getpid() % 4000 << 12}.0;tcp://127.0.0.1:1",
             OMPI_COMM_WORLD_SIZE="2",
@@ -102,8 +101,8 @@ def run_in_two_processes(tmp_path, script, *flags):
             OMPI_COMM_WORLD_LOCAL_RANK=str(rank),
         )
         line = command(script, *SMALL[script], *flags, "--distributed")
-        return execute(line, tmp_path, env, timeout=180)
-
-    with ThreadPoolExecutor(2) as pool:
-        for done in pool.map(run, range(2)):
-            assert done.returncode == 0, done.stderr
+        process = subprocess.Popen(line, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+        both.append(process)
+    for process in both:
+        _, errors = process.communicate(timeout=180)
+        assert process.returncode == 0, errors
