@@ -227,7 +227,7 @@ class Args(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings"):
         if self.rollout_size % self.num_minibatches:
             raise ValueError("--num-minibatches does not divide --num-envs x --num-steps")
         if self.norm_adv and self.minibatch_size == 1:
-            raise ValueError("--norm-adv needs minibatches of more than one row")
+            raise ValueError("--norm-adv needs more than one row in each of --num-minibatches")
         if self.norm_adv and self.norm_adv_once:
             raise ValueError("--norm-adv-once is instead of --norm-adv: add --no-norm-adv")
         if self.obs == "ram" and not self.norm_obs:

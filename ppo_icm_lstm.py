@@ -276,7 +276,7 @@ class Args(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings"):
         if self.rollout_size // self.chunk_length % self.num_minibatches:
             raise ValueError("--num-minibatches does not divide a rollout's steps, or sequences")
         if self.norm_adv and self.minibatch_size * self.chunk_length == 1:
-            raise ValueError("--norm-adv needs minibatches of more than one row")
+            raise ValueError("--norm-adv needs more than one row in each of --num-minibatches")
         if self.kl_barrier and self.objective != "kl-penalty":
             raise ValueError("--kl-barrier needs --objective kl-penalty")
         if self.adaptive_lr and self.anneal_lr:

@@ -254,7 +254,7 @@ class Args(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings"):
         if self.rollout_size // self.chunk_length % self.num_minibatches:
             raise ValueError("--num-minibatches does not divide the rollout's sequences")
         if self.norm_adv and self.minibatch_size * self.chunk_length == 1:
-            raise ValueError("--norm-adv needs minibatches of more than one row")
+            raise ValueError("--norm-adv needs more than one row in each of --num-minibatches")
         if self.algorithm == "ippo" and self.critic_input not in ("auto", "local"):
             raise ValueError(f"--critic-input {self.critic_input} is mappo's: see --algorithm")
         if self.agent_types and len(set(self.agent_types)) != self.num_types:

@@ -82,7 +82,7 @@ def run_on_cores(tmp_path, script, cores, *flags):
 
 def run_code(tmp_path, code, script, *flags):
     """Returns the finished process of a few lines of Python with a script's command line."""
-    path = tmp_path / "code.py"
+    path = tmp_path / "program.py"  # a name that no module has
     path.write_text(code)
     _, _, *rest = command(script, *SMALL[script], *flags)
     done = execute([sys.executable, str(path), *rest], tmp_path, environment())

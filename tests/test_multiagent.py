@@ -390,7 +390,6 @@ def test_an_iteration_lowers_for_accelerators(team):
 
 
 # --- Runs ---
-@pytest.mark.slow
 def test_a_team_learns_resumes_and_plays(tmp_path, team):
     """Each to press the first button, two at once resumed, evaluated, loaded."""
     flags = "--num-envs 8 --num-steps 20 --num-minibatches 4 --learning-rate 3e-3 --log-interval 20"

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import imageio.v3 as iio
 import numpy as np
 import pytest
 import tyro
@@ -189,6 +190,17 @@ def test_comparisons_are_of_shared_environments_and_normalised():
     np.testing.assert_allclose(scores["high"], [[0.8, 0.8], [0.9, 0.9], [1, 1]])
     (row,) = report.comparison_plots(scores)["Probability of improvement"]["rows"]
     assert row == {"label": "low > high", "drawn": [0, 0, 0]}
+
+
+@needs_page
+def test_a_picture_has_a_panel_an_environment(trained, tmp_path):
+    from benchmarks import report
+
+    entries = tables.collect([trained])
+    report.draw([*entries, entries[0] | {"env_id": "Other-v0"}], tmp_path / "two.png")
+    report.draw(entries, tmp_path / "one.png")
+    shapes = [iio.imread(tmp_path / f"{name}.png").shape for name in ("one", "two")]
+    assert shapes == [(400, 500, 4), (400, 1000, 4)]
 
 
 @needs_page
