@@ -232,7 +232,7 @@ class Args(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings"):
             raise ValueError("--norm-adv-once is instead of --norm-adv: add --no-norm-adv")
         if self.obs == "ram" and not self.norm_obs:
             raise ValueError("--obs ram needs --norm-obs: --clip-obs is for scaled bytes")
-        for name in ("protocol", "obs", *PROTOCOLS["openai"]):
+        for name in ("obs", *MACHADO):
             given = getattr(self, name) != Args.model_fields[name].default
             if given and not is_atari(self.env_id):
                 flag = name.replace("_", "-")
@@ -240,21 +240,13 @@ class Args(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings"):
         return self
 
 
-PROTOCOLS = {
-    "openai": {
-        "episodic_life": True,
-        "fire_reset": True,
-        "noop_max": 30,
-        "sticky_actions": 0.0,
-        "full_action_space": False,
-    },
-    "machado": {  # arXiv 1709.06009
-        "episodic_life": False,
-        "fire_reset": False,
-        "noop_max": 1,
-        "sticky_actions": 0.25,
-        "full_action_space": True,
-    },
+MACHADO = {  # defaults of that protocol, arXiv 1709.06009
+    "protocol": "machado",
+    "episodic_life": False,
+    "fire_reset": False,
+    "noop_max": 1,
+    "sticky_actions": 0.25,
+    "full_action_space": True,
 }
 
 
@@ -477,15 +469,7 @@ PLAIN = {
     "ppo1": (((16, 8, 4), (32, 4, 2)), 256),
     "small": (((16, 3, 1),), 128),  # MinAtar's
 }
-
-
-def plain_features(x: Array, name: str, args: Args) -> Array:
-    """Returns what a chain of convolutions makes of images: [B, height, width, features]."""
-    activation = getattr(nn, args.activation)
-    layers, _ = PLAIN[name]
-    for i, (features, size, stride) in enumerate(layers):
-        x = activation(Conv(features, size, stride, args, name=f"conv_{i}")(x))
-    return x
+LEAST_SIZE = {"nature": 36, "ppo1": 20, "small": 3}  # pixels of an image's shorter side
 
 
 def impala_features(x: Array, args: Args) -> Array:
@@ -514,7 +498,7 @@ def network_of(obs: Array, args: Args) -> str:
     if obs.ndim < 3:
         return "mlp"
     _, height, width, _ = jax.eval_shape(partial(channels_last, args=args), obs).shape
-    return "small" if min(height, width) < 36 else "nature"
+    return "small" if min(height, width) < LEAST_SIZE["nature"] else "nature"
 
 
 class ActorCritic(nn.Module):
@@ -536,16 +520,18 @@ class ActorCritic(nn.Module):
             value = mlp(x, args.critic_sizes, 1, 1.0, "critic", args)[:, 0]
             return Categorical(logits=logits), value
 
+        activation = getattr(nn, args.activation)
         x = channels_last(obs, args)
         if name == "impala":
             x = impala_features(x, args)
             width = 256
         else:
-            x = plain_features(x, name, args)
-            _, width = PLAIN[name]
+            layers, width = PLAIN[name]
+            for i, (features, size, stride) in enumerate(layers):
+                x = activation(Conv(features, size, stride, args, name=f"conv_{i}")(x))
         x = x.reshape(len(x), -1)
         hidden = nn.Dense(width, kernel_init=kernel_init(2**0.5, args), name="dense")
-        x = getattr(nn, args.activation)(hidden(x))
+        x = activation(hidden(x))
         logits = nn.Dense(choices, kernel_init=kernel_init(0.01, args), name="policy")(x)
         value = nn.Dense(1, kernel_init=kernel_init(1.0, args), name="critic")(x)
         return Categorical(logits=logits), value[:, 0]
@@ -598,13 +584,11 @@ def masked_var(x: Array, mask: Array) -> Array:
     return masked_mean(jnp.square(x - masked_mean(x, mask)), mask)
 
 
-def update_stats(x: Array, stats: RunningStats | None, mask: Array) -> RunningStats | None:
-    """Returns statistics that also hold x [T, N, ...] where mask [T, N] is 1; none of images.
+def update_stats(x: Array, stats: RunningStats, mask: Array) -> RunningStats:
+    """Returns statistics that also hold x [T, N, ...] where mask [T, N] is 1.
 
     Source: Chan et al. 1979, eq. 2.1.
     """
-    if stats is None:
-        return None
     count = jnp.sum(mask)
     total = stats.count + count
     shift = masked_mean(x, mask) - stats.mean
@@ -935,7 +919,7 @@ def update(
 
     # The policy acted on observations scaled by the old statistics; rewards take the new ones
     obs_stats, return_stats = learner.obs_stats, learner.return_stats
-    if args.norm_obs:
+    if args.norm_obs and obs_stats is not None:  # not of images
         obs_stats = update_stats(rollout.obs[:-1], obs_stats, rollout.mask)
     if args.norm_reward:
         return_stats = update_stats(rollout.discounted_return, return_stats, rollout.mask)
@@ -1041,12 +1025,8 @@ def require_network(env: Environment, args: Args) -> None:
     if obs.ndim > 3 and channels_first(shape[-3:], args) is None:
         note(f"channels of images {shape} are read as the last axis; if not: --channels first")
     height, width = jax.eval_shape(partial(channels_last, args=args), obs).shape[1:3]
-    layers, _ = PLAIN.get(name, ((), 0))
-    for _, size, stride in layers:
-        if min(height, width) < size:
-            raise InputError(f"--network {name} is for larger images than {shape}: try small")
-        height = (height - size) // stride + 1
-        width = (width - size) // stride + 1
+    if min(height, width) < LEAST_SIZE.get(name, 1):
+        raise InputError(f"--network {name} is for larger images than {shape}: try small")
 
 
 def stack_frames(env: Environment, count: int) -> Environment:
@@ -1872,11 +1852,8 @@ def catch_signals() -> list[int]:
         received.append(os.read(reader, 1)[0])
         os._exit(128 + os.read(reader, 1)[0])
 
-    def leave_to_thread(number: int, frame: Any) -> None:
-        pass
-
-    signal.signal(signal.SIGINT, leave_to_thread)
-    signal.signal(signal.SIGTERM, leave_to_thread)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)  # left to the thread
     signal.set_wakeup_fd(writer)
     os.register_at_fork(after_in_child=partial(signal.set_wakeup_fd, -1))  # of environments
     threading.Thread(target=wait, daemon=True).start()
@@ -2064,12 +2041,6 @@ def newest_checkpoint(folder: Path, like: Checkpoint) -> Checkpoint | None:
     return None
 
 
-def last_100(learner: LearnerState) -> list[float | None]:
-    """Returns each seed's mean return of the last 100 training episodes, None before the first."""
-    known = [x[x > -np.inf] for x in learner.returns]
-    return [float(x.mean()) if len(x) else None for x in known]
-
-
 def note_solved(state: Checkpoint, metrics: dict, iteration: int, run: Run) -> Checkpoint:
     """Returns the state with the steps after which the last 100 episodes pass the threshold."""
     if run.env.threshold is None:
@@ -2093,7 +2064,8 @@ def save(args: Args, state: Checkpoint, writers: list[EventFileWriter]) -> Check
     """Writes a checkpoint, result.json and logs, keeps the checkpoint before; returns the state."""
     folder = args.folder
     iteration = int(state.learner.iteration[0])
-    returns = last_100(state.learner)
+    known = [x[x > -np.inf] for x in state.learner.returns]
+    returns = [float(x.mean()) if len(x) else None for x in known]
     if None not in returns and np.mean(returns) > state.best:  # of several seeds the mean
         state = state._replace(best=np.mean(returns))
         if args.keep_best:
@@ -2202,21 +2174,15 @@ def read_learner(args: Args, run: Run, best: bool) -> LearnerState:
     return found.learner
 
 
-def find_member(args: Args, seed: int | None, settings: dict[str, float]) -> int:
-    """Returns the number of the first run of this seed, if any, and these settings.
-
-    Raises: InputError.
-    """
-    wanted = settings if seed is None else settings | {"seed": seed}
+def find_member(args: Args, wanted: dict[str, float]) -> int:
+    """Returns the number of the first run of this seed and these settings. Raises: InputError."""
     found = [i for i, x in enumerate(args.members) if wanted.items() <= x.items()]
     if not found:
         raise InputError(f"{args.folder} has no {wanted}, but {args.members}")
     return found[0]
 
 
-def load(
-    run_folder: str | Path, seed: int | None = None, best: bool = False, **settings: float
-) -> Callable:
+def load(run_folder: str | Path, best: bool = False, **member: float) -> Callable:
     """Returns the trained policy of a run folder: `action = policy(obs)`.
 
     Takes one observation, as the environment gives it, or a batch of them, and returns as many
@@ -2224,15 +2190,14 @@ def load(
     opened, for its spaces. With --frame-stack, or of RAM, give the stack, as stack_frames does.
 
     Args:
-        seed: which of a folder's seeds; the first where none is given.
         best: whether that of the best checkpoint (--keep-best) is wanted, not the last one's.
-        settings: of a grid's members, which one: gamma=0.99.
+        member: of several runs, which one: seed=2, gamma=0.99; the first that has these.
 
     Raises: InputError, a ValueError, where the folder holds no run of this script.
     """
     folder = Path(run_folder).resolve()
     args = read_args(folder).model_copy(update={"run_dir": str(folder), "vectorization": "sync"})
-    index = find_member(args, seed, settings)
+    index = find_member(args, member)
     run = make_run(args.model_copy(update={"num_envs": 1}))
     learner = jax.tree.map(lambda x: x[index], read_learner(args, run, best))
     space = run.env.action_space
@@ -2426,6 +2391,7 @@ def film(args: Args, learner: LearnerState) -> None:
 
 def show_frame(frame: np.ndarray) -> None:
     """Shows a frame in a window, 30 a second. Raises: InputError where there is no display."""
+    os.environ["SDL_FRAMEBUFFER_ACCELERATION"] = "0"  # else by OpenGL, where MuJoCo draws with it
     pygame = importlib.import_module("pygame")
     try:
         window = pygame.display.set_mode((frame.shape[1], frame.shape[0]))
@@ -2440,8 +2406,9 @@ def show_frame(frame: np.ndarray) -> None:
 def parse(command_line: list[str] | None = None) -> Args:
     """Returns the settings of a command line; a protocol gives other flags their defaults."""
     args = tyro.cli(Args, args=command_line, description=__doc__)
-    preset = Args(protocol=args.protocol, **PROTOCOLS[args.protocol])
-    return tyro.cli(Args, args=command_line, default=preset, description=__doc__)
+    if args.protocol == "machado":
+        return tyro.cli(Args, args=command_line, default=Args(**MACHADO), description=__doc__)
+    return args
 
 
 def main() -> None:

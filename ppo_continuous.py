@@ -1561,11 +1561,8 @@ def catch_signals() -> list[int]:
         received.append(os.read(reader, 1)[0])
         os._exit(128 + os.read(reader, 1)[0])
 
-    def leave_to_thread(number: int, frame: Any) -> None:
-        pass
-
-    signal.signal(signal.SIGINT, leave_to_thread)
-    signal.signal(signal.SIGTERM, leave_to_thread)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)  # left to the thread
     signal.set_wakeup_fd(writer)
     os.register_at_fork(after_in_child=partial(signal.set_wakeup_fd, -1))  # of environments
     threading.Thread(target=wait, daemon=True).start()
@@ -1753,12 +1750,6 @@ def newest_checkpoint(folder: Path, like: Checkpoint) -> Checkpoint | None:
     return None
 
 
-def last_100(learner: LearnerState) -> list[float | None]:
-    """Returns each seed's mean return of the last 100 training episodes, None before the first."""
-    known = [x[x > -np.inf] for x in learner.returns]
-    return [float(x.mean()) if len(x) else None for x in known]
-
-
 def note_solved(state: Checkpoint, metrics: dict, iteration: int, run: Run) -> Checkpoint:
     """Returns the state with the steps after which the last 100 episodes pass the threshold."""
     if run.env.threshold is None:
@@ -1782,7 +1773,8 @@ def save(args: Args, state: Checkpoint, writers: list[EventFileWriter]) -> Check
     """Writes a checkpoint, result.json and logs, keeps the checkpoint before; returns the state."""
     folder = args.folder
     iteration = int(state.learner.iteration[0])
-    returns = last_100(state.learner)
+    known = [x[x > -np.inf] for x in state.learner.returns]
+    returns = [float(x.mean()) if len(x) else None for x in known]
     if None not in returns and np.mean(returns) > state.best:  # of several seeds the mean
         state = state._replace(best=np.mean(returns))
         if args.keep_best:
@@ -1891,21 +1883,15 @@ def read_learner(args: Args, run: Run, best: bool) -> LearnerState:
     return found.learner
 
 
-def find_member(args: Args, seed: int | None, settings: dict[str, float]) -> int:
-    """Returns the number of the first run of this seed, if any, and these settings.
-
-    Raises: InputError.
-    """
-    wanted = settings if seed is None else settings | {"seed": seed}
+def find_member(args: Args, wanted: dict[str, float]) -> int:
+    """Returns the number of the first run of this seed and these settings. Raises: InputError."""
     found = [i for i, x in enumerate(args.members) if wanted.items() <= x.items()]
     if not found:
         raise InputError(f"{args.folder} has no {wanted}, but {args.members}")
     return found[0]
 
 
-def load(
-    run_folder: str | Path, seed: int | None = None, best: bool = False, **settings: float
-) -> Callable:
+def load(run_folder: str | Path, best: bool = False, **member: float) -> Callable:
     """Returns the trained policy of a run folder: `action = policy(obs)`.
 
     Takes one observation, as the environment gives it, or a batch of them, and returns as many
@@ -1913,15 +1899,14 @@ def load(
     opened, for its spaces.
 
     Args:
-        seed: which of a folder's seeds; the first where none is given.
         best: whether that of the best checkpoint (--keep-best) is wanted, not the last one's.
-        settings: of a grid's members, which one: gamma=0.99.
+        member: of several runs, which one: seed=2, gamma=0.99; the first that has these.
 
     Raises: InputError, a ValueError, where the folder holds no run of this script.
     """
     folder = Path(run_folder).resolve()
     args = read_args(folder).model_copy(update={"run_dir": str(folder), "vectorization": "sync"})
-    index = find_member(args, seed, settings)
+    index = find_member(args, member)
     run = make_run(args.model_copy(update={"num_envs": 1}))
     learner = jax.tree.map(lambda x: x[index], read_learner(args, run, best))
     space = run.env.action_space
@@ -2039,6 +2024,7 @@ def film(args: Args, learner: LearnerState) -> None:
 
 def show_frame(frame: np.ndarray) -> None:
     """Shows a frame in a window, 30 a second. Raises: InputError where there is no display."""
+    os.environ["SDL_FRAMEBUFFER_ACCELERATION"] = "0"  # else by OpenGL, where MuJoCo draws with it
     pygame = importlib.import_module("pygame")
     try:
         window = pygame.display.set_mode((frame.shape[1], frame.shape[0]))

@@ -628,7 +628,10 @@ class Memory(nn.Module):
         gates = {"lstm": 4, "gru": 3}[self.args.recurrence] * size
         init = nn.initializers.orthogonal()
         # All steps' inputs at once: only the product with memory must wait for the step before
-        inputs = nn.Dense(gates, kernel_init=init, bias_init=self.first_biases, name="input")(x)
+        # An LSTM's forget gates: with 0 nearly all is gone after ten steps (Jozefowicz et al. 2015)
+        biases = jnp.zeros(gates).at[size : 2 * size].set(self.args.forget_bias)
+        first = nn.initializers.constant(biases)
+        inputs = nn.Dense(gates, kernel_init=init, bias_init=first, name="input")(x)
         kernel = self.param("recurrent", init, (size, gates), jnp.float32)
         bias = jnp.zeros(gates, x.dtype)  # an LSTM's gates have that of the inputs only
         if self.args.recurrence == "gru":
@@ -638,18 +641,6 @@ class Memory(nn.Module):
         steps = jax.tree.map(lambda x: x.swapaxes(0, 1), steps)
         found = recur(kernel, seen.memory, *steps)
         return jax.tree.map(lambda x: x.swapaxes(0, 1), found)
-
-    def first_biases(self, key: Array, shape: tuple[int], dtype: Any) -> Array:
-        """Returns --forget-bias for the forget gates of an LSTM, 0 for others, [4 H] or [3 H].
-
-        With 0 half of the memory is gone after a step, nearly all of it after ten, and with it the
-        gradient. Source: Jozefowicz et al. 2015, section 2.1.
-        """
-        biases = jnp.zeros(shape, dtype)
-        if self.args.recurrence == "gru":
-            return biases
-        size = self.args.memory_size
-        return biases.at[size : 2 * size].set(self.args.forget_bias)
 
 
 @jax.custom_gradient
@@ -798,8 +789,7 @@ class ActorCritic(nn.Module):
 
 
 class Guess(NamedTuple):  # what curiosity makes of steps, leaves [C, L, ...]
-    features: Array  # of the next observation, [C, L, F]
-    predicted: Array  # the same, from the observation and the action
+    error: Array  # squared, of the next observation's features as observation and action say
     action: "Gaussian | Categorical"  # the action, from both observations
 
 
@@ -837,7 +827,7 @@ class Curiosity(nn.Module):
             action = action.reshape(len(action), -1)
         done = jnp.concatenate([before, action], axis=-1)
         predicted = mlp(done, sizes, args.icm_features, 1.0, "forward", args)
-        found = Guess(features=after, predicted=predicted, action=guess)
+        found = Guess(error=jnp.sum(jnp.square(predicted - after), axis=-1), action=guess)
         return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), found)
 
 
@@ -1098,17 +1088,12 @@ def icm_loss(
     curiosity = Curiosity(network.space, args)
     guess = curiosity.apply(params, batch.obs.obs, batch.next_obs, batch.action)
     samples = {
-        "icm/forward_loss": 0.5 * squared_error(guess),
+        "icm/forward_loss": 0.5 * guess.error,
         "icm/inverse_loss": -log_prob(guess.action, batch.action),
     }
     mean = jax.tree.map(lambda x: jnp.mean(x * batch.mask), samples)
     loss = args.icm_beta * mean["icm/forward_loss"]
     return loss + (1 - args.icm_beta) * mean["icm/inverse_loss"], mean
-
-
-def squared_error(guess: Guess) -> Array:
-    """Returns how far the predicted features are off, [...]."""
-    return jnp.sum(jnp.square(guess.predicted - guess.features), axis=-1)
 
 
 def intrinsic_rewards(
@@ -1122,7 +1107,7 @@ def intrinsic_rewards(
     next_obs = jax.tree.map(lambda x: x[1:, :, 0], rollout.obs)
     curiosity = Curiosity(network.space, args)
     guess = curiosity.apply(learner.opt_state.curiosity.params, obs, next_obs, rollout.action)
-    return 0.5 * args.intrinsic_eta * squared_error(guess) * rollout.mask
+    return 0.5 * args.intrinsic_eta * guess.error * rollout.mask
 
 
 def discounted_sums(reward: Array, mask: Array, before: Array, gamma: Array) -> tuple[Array, Array]:
@@ -1634,12 +1619,8 @@ def check_image(part: str, image: Array, args: Args) -> None:
     if channels_first(shape[-3:], args) is None:
         note(f"channels of images {shape} are read as the last axis; if not: --channels first")
     sides = jax.eval_shape(partial(channels_last, args=args), image[None]).shape[1:3]
-    side = min(sides)
-    layers, _ = PLAIN[name]
-    for _, size, stride in layers:
-        if side < size:
-            raise InputError(f"{flag} is for larger images than {part}: try small, flat")
-        side = (side - size) // stride + 1
+    if min(sides) < {"nature": 36, "small": 3, "grid": 3}[name]:
+        raise InputError(f"{flag} is for larger images than {part}: try small, flat")
 
 
 def require_known(env_id: str, known: Iterable[str]) -> None:
@@ -2540,11 +2521,8 @@ def catch_signals() -> list[int]:
         received.append(os.read(reader, 1)[0])
         os._exit(128 + os.read(reader, 1)[0])
 
-    def leave_to_thread(number: int, frame: Any) -> None:
-        pass
-
-    signal.signal(signal.SIGINT, leave_to_thread)
-    signal.signal(signal.SIGTERM, leave_to_thread)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)  # left to the thread
     signal.set_wakeup_fd(writer)
     os.register_at_fork(after_in_child=partial(signal.set_wakeup_fd, -1))  # of environments
     threading.Thread(target=wait, daemon=True).start()
@@ -2732,12 +2710,6 @@ def newest_checkpoint(folder: Path, like: Checkpoint) -> Checkpoint | None:
     return None
 
 
-def last_100(learner: LearnerState) -> list[float | None]:
-    """Returns each seed's mean return of the last 100 training episodes, None before the first."""
-    known = [x[x > -np.inf] for x in learner.returns]
-    return [float(x.mean()) if len(x) else None for x in known]
-
-
 def note_solved(state: Checkpoint, metrics: dict, iteration: int, run: Run) -> Checkpoint:
     """Returns the state with the steps after which the last 100 episodes pass the threshold."""
     if run.env.threshold is None:
@@ -2761,7 +2733,8 @@ def save(args: Args, state: Checkpoint, writers: list[EventFileWriter]) -> Check
     """Writes a checkpoint, result.json and logs, keeps the checkpoint before; returns the state."""
     folder = args.folder
     iteration = int(state.learner.iteration[0])
-    returns = last_100(state.learner)
+    known = [x[x > -np.inf] for x in state.learner.returns]
+    returns = [float(x.mean()) if len(x) else None for x in known]
     if None not in returns and np.mean(returns) > state.best:  # of several seeds the mean
         state = state._replace(best=np.mean(returns))
         if args.keep_best:
@@ -2870,21 +2843,15 @@ def read_learner(args: Args, run: Run, best: bool) -> LearnerState:
     return found.learner
 
 
-def find_member(args: Args, seed: int | None, settings: dict[str, float]) -> int:
-    """Returns the number of the first run of this seed, if any, and these settings.
-
-    Raises: InputError.
-    """
-    wanted = settings if seed is None else settings | {"seed": seed}
+def find_member(args: Args, wanted: dict[str, float]) -> int:
+    """Returns the number of the first run of this seed and these settings. Raises: InputError."""
     found = [i for i, x in enumerate(args.members) if wanted.items() <= x.items()]
     if not found:
         raise InputError(f"{args.folder} has no {wanted}, but {args.members}")
     return found[0]
 
 
-def load(
-    run_folder: str | Path, seed: int | None = None, best: bool = False, **settings: float
-) -> Callable:
+def load(run_folder: str | Path, best: bool = False, **member: float) -> Callable:
     """Returns the trained policy of a run folder: `action = policy(obs)`.
 
     Takes one observation, as the environment gives it, or a batch of them, and returns as many
@@ -2894,15 +2861,14 @@ def load(
     mask}.
 
     Args:
-        seed: which of a folder's seeds; the first where none is given.
         best: whether that of the best checkpoint (--keep-best) is wanted, not the last one's.
-        settings: of a grid's members, which one: gamma=0.99.
+        member: of several runs, which one: seed=2, gamma=0.99; the first that has these.
 
     Raises: InputError, a ValueError, where the folder holds no run of this script.
     """
     folder = Path(run_folder).resolve()
     args = read_args(folder).model_copy(update={"run_dir": str(folder), "vectorization": "sync"})
-    index = find_member(args, seed, settings)
+    index = find_member(args, member)
     run = make_run(args.model_copy(update={"num_envs": 1}))
     learner = jax.tree.map(lambda x: x[index], read_learner(args, run, best))
     space = run.env.action_space
@@ -3030,6 +2996,7 @@ def film(args: Args, learner: LearnerState) -> None:
 
 def show_frame(frame: np.ndarray) -> None:
     """Shows a frame in a window, 30 a second. Raises: InputError where there is no display."""
+    os.environ["SDL_FRAMEBUFFER_ACCELERATION"] = "0"  # else by OpenGL, where MuJoCo draws with it
     pygame = importlib.import_module("pygame")
     try:
         window = pygame.display.set_mode((frame.shape[1], frame.shape[0]))

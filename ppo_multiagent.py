@@ -484,15 +484,9 @@ class ActorCritic(nn.Module):
         """Returns the policy, values, and memory behind each step, leaves [R, L, ...]."""
         if self.args.num_types == 1:
             return Networks(self.action_space, self.args, name="shared")(seen)
-        every = nn.vmap(
-            Networks,
-            in_axes=None,
-            out_axes=0,
-            axis_size=self.args.num_types,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-        )
-        answers = every(self.action_space, self.args, name="each")(seen)  # [types, R, L, ...]
+        names = [f"type_{i}" for i in range(self.args.num_types)]
+        every = [Networks(self.action_space, self.args, name=name)(seen) for name in names]
+        answers = jax.tree.map(lambda *x: jnp.stack(x), *every)  # [types, R, L, ...]
         who = jnp.argmax(seen.obs.agent[:, 0], axis=-1)  # an agent's sequence is its own
         its_type = jnp.array(self.args.agent_types)[who]
         return jax.tree.map(lambda x: x[its_type, jnp.arange(len(who))], answers)
@@ -2106,7 +2100,9 @@ def init_learner(
     given = dict(args) | varied
     key = jax.random.PRNGKey(seed)
     views = jax.tree.map(lambda x: jnp.zeros_like(x[0]), make_views(shown, args))
-    params = init_params(key, views, network)
+    one_step = jax.tree.map(lambda x: x[None, None], views)
+    mask = jnp.ones((1, 1), jnp.float32)
+    params = network.init(key, Sequence(one_step, mask, empty_memory((1,), args)))
     few = jnp.float32(1e-4)
 
     def no_stats(x: Array) -> RunningStats:
@@ -2126,25 +2122,6 @@ def init_learner(
         episodes=jnp.int32(0),
         returns=jnp.full(100, -jnp.inf, jnp.float32),
     )
-
-
-def init_params(key: Array, views: Views, network: nn.Module) -> Any:
-    """Returns new parameters; those of types of agents are drawn one after another.
-
-    Vmapped, the initialisers' QR decompositions can wait for each other for ever (jax 0.10.2, CPU).
-
-    Args:
-        views: one agent's.
-    """
-    args = network.args
-    mask = jnp.ones((1, 1), jnp.float32)
-    views = jax.tree.map(lambda x: x[None, None], views)
-    seen = Sequence(views, mask, empty_memory((1,), args))
-    if args.num_types == 1:
-        return network.init(key, seen)
-    one = Networks(network.action_space, args)
-    keys = jax.random.split(key, args.num_types)
-    return {"params": {"each": jax.lax.map(lambda key: one.init(key, seen)["params"], keys)}}
 
 
 class Run(NamedTuple):  # everything that acts
@@ -2277,11 +2254,8 @@ def catch_signals() -> list[int]:
         received.append(os.read(reader, 1)[0])
         os._exit(128 + os.read(reader, 1)[0])
 
-    def leave_to_thread(number: int, frame: Any) -> None:
-        pass
-
-    signal.signal(signal.SIGINT, leave_to_thread)
-    signal.signal(signal.SIGTERM, leave_to_thread)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)  # left to the thread
     signal.set_wakeup_fd(writer)
     os.register_at_fork(after_in_child=partial(signal.set_wakeup_fd, -1))  # of environments
     threading.Thread(target=wait, daemon=True).start()
@@ -2469,12 +2443,6 @@ def newest_checkpoint(folder: Path, like: Checkpoint) -> Checkpoint | None:
     return None
 
 
-def last_100(learner: LearnerState) -> list[float | None]:
-    """Returns each seed's mean return of the last 100 training episodes, None before the first."""
-    known = [x[x > -np.inf] for x in learner.returns]
-    return [float(x.mean()) if len(x) else None for x in known]
-
-
 def note_solved(state: Checkpoint, metrics: dict, iteration: int, run: Run) -> Checkpoint:
     """Returns the state with the steps after which the last 100 episodes pass the threshold."""
     if run.env.threshold is None:
@@ -2498,7 +2466,8 @@ def save(args: Args, state: Checkpoint, writers: list[EventFileWriter]) -> Check
     """Writes a checkpoint, result.json and logs, keeps the checkpoint before; returns the state."""
     folder = args.folder
     iteration = int(state.learner.iteration[0])
-    returns = last_100(state.learner)
+    known = [x[x > -np.inf] for x in state.learner.returns]
+    returns = [float(x.mean()) if len(x) else None for x in known]
     if None not in returns and np.mean(returns) > state.best:  # of several seeds the mean
         state = state._replace(best=np.mean(returns))
         if args.keep_best:
@@ -2607,21 +2576,15 @@ def read_learner(args: Args, run: Run, best: bool) -> LearnerState:
     return found.learner
 
 
-def find_member(args: Args, seed: int | None, settings: dict[str, float]) -> int:
-    """Returns the number of the first run of this seed, if any, and these settings.
-
-    Raises: InputError.
-    """
-    wanted = settings if seed is None else settings | {"seed": seed}
+def find_member(args: Args, wanted: dict[str, float]) -> int:
+    """Returns the number of the first run of this seed and these settings. Raises: InputError."""
     found = [i for i, x in enumerate(args.members) if wanted.items() <= x.items()]
     if not found:
         raise InputError(f"{args.folder} has no {wanted}, but {args.members}")
     return found[0]
 
 
-def load(
-    run_folder: str | Path, seed: int | None = None, best: bool = False, **settings: float
-) -> Callable:
+def load(run_folder: str | Path, best: bool = False, **member: float) -> Callable:
     """Returns the trained policy of a run folder: `action = policy(obs)`.
 
     Takes a joint observation, as the environment gives it, or a list of them, and returns as many
@@ -2632,15 +2595,14 @@ def load(
     opened, for its spaces.
 
     Args:
-        seed: which of a folder's seeds; the first where none is given.
         best: whether that of the best checkpoint (--keep-best) is wanted, not the last one's.
-        settings: of a grid's members, which one: gamma=0.99.
+        member: of several runs, which one: seed=2, gamma=0.99; the first that has these.
 
     Raises: InputError, a ValueError, where the folder holds no run of this script.
     """
     folder = Path(run_folder).resolve()
     args = read_args(folder).model_copy(update={"run_dir": str(folder), "vectorization": "sync"})
-    index = find_member(args, seed, settings)
+    index = find_member(args, member)
     run = make_run(args.model_copy(update={"num_envs": 1}))
     learner = jax.tree.map(lambda x: x[index : index + 1], read_learner(args, run, best))
     team = run.env.team
@@ -2807,6 +2769,7 @@ def film(args: Args, learner: LearnerState) -> None:
 
 def show_frame(frame: np.ndarray) -> None:
     """Shows a frame in a window, 30 a second. Raises: InputError where there is no display."""
+    os.environ["SDL_FRAMEBUFFER_ACCELERATION"] = "0"  # else by OpenGL, where MuJoCo draws with it
     pygame = importlib.import_module("pygame")
     try:
         window = pygame.display.set_mode((frame.shape[1], frame.shape[0]))

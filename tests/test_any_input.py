@@ -105,7 +105,7 @@ DRAWN = {  # without shrinking, as each example takes seconds
 
 
 @pytest.mark.parametrize(
-    ("examples", "most"), [(20, 2), pytest.param(200, 200, marks=pytest.mark.slow)]
+    ("examples", "most"), [(20, 1), pytest.param(200, 200, marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("script", [x.stem for x in SCRIPTS])
 def test_any_command_line(script, examples, most):

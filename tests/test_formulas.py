@@ -143,11 +143,17 @@ def test_random_order(ppo):
     assert len(np.unique(orders, axis=0)) == 120
 
 
-@pytest.mark.parametrize("rule", [(2.0, 1.5, 0.667), (1.5, 2.0, 0.5)], ids=["ppo", "heess"])
-def test_kl_coefficient_rule(ppo, rule):
-    for desired, factor in ((1e-9, rule[0]), (1e9, 1 / rule[0])):
-        old, new, _ = updated(ppo, objective="kl-penalty", kl_rule=rule, desired_kl=desired)
+def test_kl_coefficient_rule(ppo):
+    """Heess et al.'s, in an update; its thresholds, and those of Schulman et al., on their own."""
+    for desired, factor in ((1e-9, 1.5), (1e9, 1 / 1.5)):
+        rule = {"kl_rule": (1.5, 2.0, 0.5), "desired_kl": desired}
+        old, new, _ = updated(ppo, objective="kl-penalty", **rule)
         np.testing.assert_allclose(new.schedule.kl_coef / old.schedule.kl_coef, factor)
+    divergence = 0.01 * np.array([0.4, 0.6, 0.7, 1.4, 1.6, 1.9, 2.1])
+    heess = ppo.steer(divergence, 0.01, 1.5, 2.0, 0.5)
+    np.testing.assert_allclose(heess, [1 / 1.5, 1, 1, 1, 1, 1, 1.5], rtol=1e-6)
+    schulman = ppo.steer(divergence, 0.01, *ppo.Args().kl_rule)
+    np.testing.assert_allclose(schulman, [0.5, 0.5, 1, 1, 2, 2, 2], rtol=1e-6)
 
 
 def test_adaptive_learning_rate(ppo):

@@ -1002,7 +1002,7 @@ MUTANTS = [
         "memory=jax.tree.map(lambda x: x * mask[..., None], memory)",
         "memory=memory",
     ),
-    (test_intrinsic_rewards_by_hand, "squared_error(guess) * rollout.mask", "squared_error(guess)"),
+    (test_intrinsic_rewards_by_hand, "guess.error * rollout.mask", "guess.error"),
     (test_intrinsic_rewards_by_hand, "x[1:, :, 0], rollout.obs", "x[:-1, :, 0], rollout.obs"),
     (
         test_curiositys_loss_and_its_gradient,
@@ -1011,8 +1011,8 @@ MUTANTS = [
     ),
     (
         test_curiositys_loss_and_its_gradient,
-        "jnp.square(guess.predicted - guess.features)",
-        "jnp.square(guess.predicted - jax.lax.stop_gradient(guess.features))",
+        "jnp.square(predicted - after)",
+        "jnp.square(predicted - jax.lax.stop_gradient(after))",
     ),
     (
         test_rewards_of_curiosity_are_scaled_and_added,

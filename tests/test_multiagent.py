@@ -239,8 +239,8 @@ def test_types_of_agents_have_parameters_of_their_own(team, recurrence, types):
     """Each row is answered by its type's networks."""
     settings = {"agent_types": types, "recurrence": recurrence, "memory_size": 3}
     t, run, learner = play(team, TEAM, 5, **settings)
-    params = learner.params["params"]["each"]
-    assert all(len(x) == len(set(types)) for x in jax.tree.leaves(params))
+    params = learner.params["params"]
+    assert len(params) == len(set(types))
     rows = team.agents_as_rows(t)
     rows = rows._replace(obs=team.prepare(rows.obs, learner, run.args))
 
@@ -253,7 +253,7 @@ def test_types_of_agents_have_parameters_of_their_own(team, recurrence, types):
     logits, value = answers(learner.params, run.network)
     alone = team.ActorCritic(run.env.action_space, run.args.model_copy(update={"agent_types": ()}))
     for a in range(3):
-        own = jax.tree.map(lambda x, a=a: x[types[a]], params)
+        own = params[f"type_{types[a]}"]
         one, its_value = answers({"params": {"shared": own}}, alone)
         np.testing.assert_allclose(value[:, a::3], its_value[:, a::3], rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(logits[:, a::3], one[:, a::3], rtol=1e-5, atol=1e-6)
