@@ -233,12 +233,13 @@ ACTIONS = {
 }
 
 
+@pytest.mark.parametrize("examples", [2, pytest.param(50, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("script", list(ACTIONS))
-def test_any_spaces(script):
+def test_any_spaces(script, examples):
     """Two iterations of actions inside of their space, and every number is there to be seen."""
     module = __import__(script)
 
-    @settings(max_examples=3, **DRAWN)
+    @settings(max_examples=examples, **DRAWN)
     @given(NESTED, ACTIONS[script])
     def check(observation_space, action_space):
         check_spaces(module, observation_space, action_space)

@@ -120,6 +120,7 @@ def test_a_member_begins_as_a_lone_run(script):
 def test_solved(run, tmp_path):
     """From the first look on at which 100 episodes have earned the threshold, also resumed."""
     flags = ["--env-id", "jax:jax_tasks:Lottery", "--run-dir", "a", "--checkpoint-interval", 1]
+    flags += ["--no-anneal-lr"]  # shorter and longer runs compile to the same
     done = run("ppo_continuous", *flags, "--num-seeds", 2, "--total-timesteps", 64 * 30)
     steps = result(tmp_path / "a")["solved_at"]
     returns = scalars(tmp_path / "a/seed2")["charts/episodic_return_100"]
@@ -160,6 +161,21 @@ def test_a_window(run, tmp_path):
     none = execute(line, tmp_path, environment(SDL_VIDEODRIVER="x11", DISPLAY=""))
     assert none.returncode == 2 and "--render: " in none.stderr.splitlines()[-1]
     assert not (tmp_path / "a/videos").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("Xvfb") is None, reason="there is no Xvfb")
+def test_a_window_on_a_screen(tmp_path):
+    """Of X11, beside an environment that draws with OpenGL itself, as MuJoCo's do."""
+    shutil.copytree(ROOT / "benchmarks/zoo/HalfCheetah-v4", tmp_path / "a")
+    screen = subprocess.Popen(["Xvfb", "-displayfd", "1"], stdout=subprocess.PIPE, text=True)
+    display = f":{screen.stdout.readline().strip()}"
+    flags = ["--mode", "eval", "--run-dir", "a", "--eval-episodes", 1, "--eval-steps", 100]
+    line = command("ppo_continuous", *flags, "--render")
+    shown = execute(line, tmp_path, environment(DISPLAY=display, SDL_VIDEODRIVER="x11"))
+    screen.terminate()
+    assert shown.returncode == 0, shown.stderr
+    assert "an episode of 100 steps" in shown.stdout
 
 
 @pytest.mark.costly
