@@ -1993,14 +1993,14 @@ def read_learner(args: Args, run: Run, best: bool) -> LearnerState:
 
 
 def find_member(args: Args, wanted: dict[str, float]) -> int:
-    """Returns the number of the first run of this seed and these settings. Raises: InputError."""
+    """Returns the number of the first run with this seed and settings. Raises: InputError."""
     found = [i for i, x in enumerate(args.members) if wanted.items() <= x.items()]
     if not found:
         raise InputError(f"{args.folder} has no {wanted}, but {args.members}")
     return found[0]
 
 
-def load(run_folder: str | Path, best: bool = False, **member: float) -> Callable:
+def load(run_folder: str | Path, *, best: bool = False, **member: float) -> Callable:
     """Returns the trained policy of a run folder: `action = policy(obs)`.
 
     Takes one observation, as the environment gives it, or a batch of them, and returns as many

@@ -287,6 +287,12 @@ def played_of(entry: dict) -> np.ndarray:
     return np.array([value for value in means if value is not None], float)
 
 
+def own_figures_of(entry: dict) -> np.ndarray:
+    """Returns the seeds' means in evaluation of the task's own figure, battles won [S], or none."""
+    values = entry.get("eval_return") or []
+    return np.array([x["measure"] for x in values if isinstance(x, dict) and "measure" in x], float)
+
+
 def published_of(entry: dict) -> list[dict]:
     """Returns the sources in references.toml that have a figure for an entry's environment."""
     scenario = entry.get("args", {}).get("scenario", "")
@@ -424,7 +430,7 @@ def scores(entries: list[dict]) -> Table:
     for group in panels(entries).values():
         labels.update(zip(map(id, group), label_all(group), strict=True))
     for entry in entries:
-        trained, played = scores_of(entry), played_of(entry)
+        trained, played, own = scores_of(entry), played_of(entry), own_figures_of(entry)
         rows.append(
             [
                 short(entry["env_id"]),
@@ -435,12 +441,13 @@ def scores(entries: list[dict]) -> Table:
                 bounded(trained, middle) if len(trained) > 2 else "",
                 bounded(played) if len(played) else "",
                 figure(played.min()) if len(played) > 1 else "",
+                bounded(own) if len(own) else "",
                 bar_of(entry),
                 best_published(entry),
             ]
         )
     header = ["environment", "settings", "flags", "seeds x steps", "training: mean ± std [95 %]"]
-    header += ["training: IQM [95 %]", "played [95 %]", "lowest seed played"]
+    header += ["training: IQM [95 %]", "played [95 %]", "lowest seed played", "won, eaten [95 %]"]
     return without_empty(Table([*header, "bar: slowest seed's steps", "published"], rows))
 
 
