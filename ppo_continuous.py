@@ -1830,11 +1830,14 @@ def open_logs(args: Args, iteration: int) -> list[EventFileWriter]:
 
 
 def follow_logs(args: Args, settings: dict[str, Any]) -> None:
-    """Has Weights & Biases copy all that is written to TensorBoard's files from here on."""
+    """Has Weights & Biases copy what TensorBoard's files get from here on. Raises: InputError."""
     wandb = importlib.import_module("wandb")
     wandb.tensorboard.patch(root_logdir=str(args.folder))
     name = f"{args.env_id} {args.exp_name}"
-    wandb.init(name=name, config=settings, dir=args.folder, resume="auto")
+    try:
+        wandb.init(name=name, config=settings, dir=args.folder, resume="auto")
+    except wandb.Error as error:  # as where nobody has logged in
+        raise InputError(f"--track: {error}") from error
 
 
 def add_summary(writer: EventFileWriter, step: int, summary: Summary) -> None:

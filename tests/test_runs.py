@@ -148,6 +148,9 @@ def test_weights_and_biases(run, tmp_path):
     (log,) = (tmp_path / "a").glob("wandb/offline-run-*/*.wandb")
     for tag in scalars(tmp_path / "a/seed2"):
         assert f"seed2/{tag}".encode() in log.read_bytes()
+    nobody = environment(WANDB_MODE="online", WANDB_API_KEY="", NETRC=str(tmp_path / "none"))
+    done = execute([*line, "--clobber"], tmp_path, nobody)
+    assert done.returncode == 2 and "--track: No API key" in done.stderr.splitlines()[-1]
 
 
 def test_a_window(run, tmp_path):
