@@ -192,10 +192,11 @@ def test_conv_is_the_librarys(atari, height, width, channels, size, stride):
         for conv in (partial(atari.conv, stride=stride), by_library):
 
             def loss(x, kernel, conv=conv):
-                return jnp.sum(jnp.sin(conv(x, kernel)))
+                value = conv(x, kernel)
+                return jnp.sum(jnp.sin(value)), value
 
-            value = conv(jnp.asarray(x), jnp.asarray(kernel))
-            found.append((value, *jax.grad(loss, argnums=(0, 1))(x, kernel)))
+            gradient = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+            found.append(jax.tree.leaves(gradient(x, kernel)))
     for mine, library in zip(*found, strict=True):
         np.testing.assert_allclose(mine, library, rtol=1e-10, atol=1e-11)
 
@@ -290,7 +291,8 @@ def test_the_nature_network_has_its_parameters(atari):
 def test_normc(atari):
     """Units of norm 1, the policy's 0.01, as ppo1 has them."""
     network = atari.ActorCritic(spaces.Discrete(6), atari.Args(network="ppo1", init="normc"))
-    params = network.init(jax.random.PRNGKey(0), np.zeros((1, 4, 84, 84), np.uint8))["params"]
+    images = np.zeros((1, 4, 36, 36), np.uint8)
+    params = jax.jit(network.init)(jax.random.PRNGKey(0), images)["params"]
     for name, norm in (("dense", 1), ("policy", 0.01), ("critic", 1)):
         norms = np.linalg.norm(params[name]["kernel"], axis=0)
         np.testing.assert_allclose(norms, norm, rtol=1e-5)
@@ -452,11 +454,12 @@ def pixel_rollout(atari, args):
     """Returns network, learner and a rollout of noise."""
     rng = np.random.default_rng(0)
     shape = (args.num_steps, args.num_envs)
-    obs = rng.integers(256, size=(shape[0] + 1, shape[1], 4, 84, 84), dtype=np.uint8)
+    obs = rng.integers(256, size=(shape[0] + 1, shape[1], 4, 36, 36), dtype=np.uint8)
     network = atari.ActorCritic(spaces.Discrete(6), args)
     shown = atari.TimeStep(obs[0, 0], *[None] * 3)
-    learner = atari.init_learner(np.uint32(0), shown, network, args)
-    policy, value = jax.vmap(partial(network.apply, learner.params))(obs[:-1])
+    init = partial(atari.init_learner, shown=shown, network=network, args=args)
+    learner = jax.jit(init)(np.uint32(0))
+    policy, value = jax.jit(jax.vmap(network.apply, (None, 0)))(learner.params, obs[:-1])
     zeros = np.zeros(shape, np.float32)
     transition = atari.Transition(
         obs=obs,
@@ -484,15 +487,17 @@ def test_batch_has_what_the_network_said_in_the_rollout(atari):
         assert rollout.policy.logits.dtype == rollout.value.dtype == np.float32
         scaled = atari.normalize(rollout.obs, learner.obs_stats, run.args.clip_obs)
         rollout = rollout._replace(obs=scaled)
-        policy, value = jax.vmap(partial(run.network.apply, learner.params))(scaled)
-        batch = atari.make_batch(learner, rollout, run.network, run.args)
+        ask = jax.jit(jax.vmap(run.network.apply, (None, 0)))
+        policy, value = ask(learner.params, scaled)
+        make_batch = jax.jit(partial(atari.make_batch, network=run.network, args=run.args))
+        batch = make_batch(learner, rollout)
         close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
         close(batch.policy.logits, policy.logits[:-1].reshape(12, -1))
         close(batch.value, value[:-1].ravel())
         _, target = atari.rollout_advantages(learner, rollout, value, run.args)
         close(batch.target, target.ravel())
         other = rollout._replace(value=rollout.value + 1)  # nobody asks again
-        again = atari.make_batch(learner, other, run.network, run.args)
+        again = make_batch(learner, other)
         close(again.value, batch.value + 1)
 
 
@@ -547,7 +552,7 @@ def test_images_have_no_statistics(atari):
     scaled = atari.normalize(transition.obs, None, args.clip_obs)
     batch = atari.make_batch(learner, transition._replace(obs=scaled), network, args)
     assert batch.obs.dtype == np.uint8
-    np.testing.assert_array_equal(batch.obs, transition.obs[:-1].reshape(8, 4, 84, 84))
+    np.testing.assert_array_equal(batch.obs, transition.obs[:-1].reshape(8, 4, 36, 36))
     _, metrics = jax.jit(partial(atari.update, network=network, args=args))(learner, transition)
     assert metrics["rollout/obs"].size <= 10 * 1000
 

@@ -54,7 +54,8 @@ def new_learner(icm, seed, parts, network, args):
     """Returns a learner for environments that show such parts of observations."""
     obs = jax.tree.map(lambda x: jnp.zeros_like(x)[None], parts)
     shown = icm.TimeStep(obs, np.float32(0), False, False)
-    return icm.init_learner(np.uint32(seed), shown, network, args)
+    init = partial(icm.init_learner, shown=shown, network=network, args=args)
+    return jax.jit(init)(np.uint32(seed))
 
 
 def start(icm, args, memory=(), copies=1):
@@ -290,7 +291,8 @@ def test_memory_over_resets_and_bootstraps(icm):
     """
     args = memory_args(icm)
     network, learner, transition = start_memory(icm, args)
-    seen, advantage, _ = icm.evaluate_rollout(learner, transition, network, args)
+    evaluate = jax.jit(partial(icm.evaluate_rollout, network=network, args=args))
+    seen, advantage, _ = evaluate(learner, transition)
     policy, value, _ = seen
     by_hand = [remember_by_hand(learner.params, transition, n) for n in range(N)]
     for n, (means, values) in enumerate(by_hand):
@@ -308,10 +310,12 @@ def test_sequences_are_the_whole(icm, recurrence, length):
     """An unchanged policy says of every sequence what it said of the whole rollout, over resets."""
     args = memory_args(icm, recurrence=recurrence, sequence_length=length)
     network, learner, transition = start_memory(icm, args, copies=COPIES)
-    (whole, value, _), *_ = icm.evaluate_rollout(learner, transition, network, args)
-    batch = icm.make_batch(learner, transition, network, args)
-    policy, again = network.apply(learner.params, batch.obs)
-    _, metrics = icm.ppo_loss(learner.params, batch, learner.schedule, network, args)
+    told = {"network": network, "args": args}
+    (whole, value, _), *_ = jax.jit(partial(icm.evaluate_rollout, **told))(learner, transition)
+    batch = jax.jit(partial(icm.make_batch, **told))(learner, transition)
+    policy, again = jax.jit(network.apply)(learner.params, batch.obs)
+    ppo_loss = jax.jit(partial(icm.ppo_loss, **told))
+    _, metrics = ppo_loss(learner.params, batch, learner.schedule)
     assert batch.mask.shape == (T * N * COPIES // length, length)
     np.testing.assert_allclose(icm.log_prob(policy, batch.action), batch.log_prob, **CLOSE)
     np.testing.assert_allclose(metrics["approx_kl"], 0, atol=1e-14)

@@ -48,7 +48,8 @@ def test_update_of_one_agent_is_that_of_ppo_continuous(ppo, team):
     there = np.ones((1, *space.shape[1:], 1), bool)
     zero = jnp.zeros(1)
     shown = team.TimeStep(numbers, there, zero > 0, zero, zero, zero, 0.0, jnp.zeros(0), 0.0)
-    begin = team.init_learner(np.uint32(3), shown, networks, own)
+    init = partial(team.init_learner, shown=shown, network=networks, args=own)
+    begin = jax.jit(init)(np.uint32(3))
     begin = begin._replace(
         params={"params": {"shared": learner.params["params"]}},
         obs_stats=team.RunningStats(*learner.obs_stats),

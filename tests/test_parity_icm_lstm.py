@@ -47,7 +47,8 @@ def to_double(tree):
 def new_learner(icm, size, network, args):
     """Returns a learner for environments that show so many numbers."""
     shown = icm.TimeStep({"obs": np.zeros((1, size), np.float32)}, np.float32(0), False, False)
-    return icm.init_learner(np.uint32(0), shown, network, args)
+    init = partial(icm.init_learner, shown=shown, network=network, args=args)
+    return jax.jit(init)(np.uint32(0))
 
 
 # --- Memory ---
@@ -71,7 +72,8 @@ def test_two_steps_of_recurrent_ppo(icm, name):
         space = spaces.Discrete(3) if x["kind"] == "disc" else spaces.Box(-1, 1, (2,))
         network, learner, args = recurrent(icm, space, x, norm_adv=bool(x["norm_adv"]))
         seen = icm.Sequence({"obs": x["obs"]}, x["mask"], (x["h"], x["c"]))
-        policy, value, (hidden, cell) = network.apply(learner.params, seen, remember=True)
+        ask = jax.jit(partial(network.apply, remember=True))
+        policy, value, (hidden, cell) = ask(learner.params, seen)
         close(icm.log_prob(policy, x["action"]), x["logp"])
         close(icm.entropy(policy), x["entropy"])
         close(value, x["value"])
