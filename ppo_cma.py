@@ -2136,7 +2136,8 @@ def film(args: Args, learner: LearnerState) -> None:
 
 def show_frame(frame: np.ndarray) -> None:
     """Shows a frame in a window, 30 a second. Raises: InputError where there is no display."""
-    os.environ["SDL_FRAMEBUFFER_ACCELERATION"] = "0"  # else by OpenGL, where MuJoCo draws with it
+    # Or SDL draws with OpenGL, as MuJoCo does, which X ends with an error
+    os.environ["SDL_FRAMEBUFFER_ACCELERATION"] = "0"
     pygame = importlib.import_module("pygame")
     try:
         window = pygame.display.set_mode((frame.shape[1], frame.shape[0]))

@@ -789,7 +789,7 @@ class ActorCritic(nn.Module):
 
 
 class Guess(NamedTuple):  # what curiosity makes of steps, leaves [C, L, ...]
-    error: Array  # squared, of the next observation's features as observation and action say
+    error: Array  # squared, [C, L], of the next observation's features, told from the action
     action: "Gaussian | Categorical"  # the action, from both observations
 
 
@@ -1619,7 +1619,8 @@ def check_image(part: str, image: Array, args: Args) -> None:
     if channels_first(shape[-3:], args) is None:
         note(f"channels of images {shape} are read as the last axis; if not: --channels first")
     sides = jax.eval_shape(partial(channels_last, args=args), image[None]).shape[1:3]
-    if min(sides) < {"nature": 36, "small": 3, "grid": 3}[name]:
+    least = {"nature": 36, "small": 3, "grid": 3}  # pixels, of which one is left at the end
+    if min(sides) < least[name]:
         raise InputError(f"{flag} is for larger images than {part}: try small, flat")
 
 
@@ -2999,7 +3000,8 @@ def film(args: Args, learner: LearnerState) -> None:
 
 def show_frame(frame: np.ndarray) -> None:
     """Shows a frame in a window, 30 a second. Raises: InputError where there is no display."""
-    os.environ["SDL_FRAMEBUFFER_ACCELERATION"] = "0"  # else by OpenGL, where MuJoCo draws with it
+    # Or SDL draws with OpenGL, as MuJoCo does, which X ends with an error
+    os.environ["SDL_FRAMEBUFFER_ACCELERATION"] = "0"
     pygame = importlib.import_module("pygame")
     try:
         window = pygame.display.set_mode((frame.shape[1], frame.shape[0]))

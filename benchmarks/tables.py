@@ -430,7 +430,9 @@ def scores(entries: list[dict]) -> Table:
     for group in panels(entries).values():
         labels.update(zip(map(id, group), label_all(group), strict=True))
     for entry in entries:
-        trained, played, own = scores_of(entry), played_of(entry), own_figures_of(entry)
+        trained = scores_of(entry)
+        played = played_of(entry)
+        own = own_figures_of(entry)
         rows.append(
             [
                 short(entry["env_id"]),
@@ -568,7 +570,8 @@ def speeds(content: dict, *patterns: str) -> Table:
     for name, record in content.items():
         if patterns and not any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
             continue
-        ours, peer = np.array(record["ours"]), np.array(record["peer"])
+        ours = np.array(record["ours"])
+        peer = np.array(record["peer"])
         pairs = peer / ours if record["unit"] == "seconds" else ours / peer
         spread_of_pairs = f" ({pairs.min():.3g} to {pairs.max():.3g})" if len(pairs) > 1 else ""
         rows.append(
