@@ -28,12 +28,11 @@ from plotly.offline import get_plotlyjs
 from rliable import library, metrics
 
 from benchmarks import tables
-from benchmarks.tables import Table, scores_of, short
+from benchmarks.tables import Table, scores_of
 
 RESULTS = tables.HERE / "results"
 POINTS = 100  # of a curve, on the page
 TAUS = np.linspace(0, 1, 51)  # of a performance profile
-NEVER = 1e30  # steps of a seed that does not get to a threshold
 MAX_COMPARED = 8  # settings
 
 
@@ -61,7 +60,7 @@ def curve_plots(entries: list[dict]) -> dict[str, dict]:
     plots = {}
     for title, group in tables.panels([entry for entry in entries if entry.get("steps")]).items():
         lines = [line(*pair) for pair in zip(group, tables.label_all(group), strict=True)]
-        value, why = threshold_of(group[0])
+        value, why = tables.threshold_of(group[0])
         plots[title] = {"kind": "curves", "lines": lines, "threshold": value, "why": why}
     return plots
 
@@ -81,58 +80,7 @@ def draw(entries: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-# --- Thresholds ---
-def threshold_of(entry: dict) -> tuple[float | None, str]:
-    """Returns the return at which clocks stop, and whose it is."""
-    solved = tables.REFERENCES["solved"].get(short(entry["env_id"]).removeprefix("gymnax/"))
-    if solved is not None:
-        return solved, "solved"
-    if "bar" in entry:
-        return entry["bar"], "bar"
-    sources = tables.published_for(entry)
-    if sources:
-        best = max(sources, key=lambda source: source["figure"][0])
-        return best["figure"][0], best["name"]
-    return None, ""
-
-
-def reached(entry: dict, threshold: float, why: str) -> np.ndarray:
-    """Returns the steps after which each seed had reached a threshold, or NEVER [S]."""
-    if why == "solved" and entry.get("solved_at"):
-        return np.array([NEVER if steps is None else steps for steps in entry["solved_at"]])
-    above = np.array(entry["returns"]) >= threshold
-    first = np.array(entry["steps"])[above.argmax(axis=1)]
-    return np.where(above.any(axis=1), first, NEVER)
-
-
-def within(values: np.ndarray) -> str:
-    """Returns an IQM of steps or seconds and its interval; seeds that never arrive are beyond."""
-    low, high = tables.interval(values, tables.middle)
-    numbers = (tables.middle(values), low, high)
-    said = ["never" if x > NEVER / 1e6 else tables.count(x) for x in numbers]
-    return said[0] if len(set(said)) == 1 else f"{said[0]} [{said[1]}, {said[2]}]"
-
-
-def thresholds(entries: list[dict]) -> Table:
-    """Returns the steps and seconds to thresholds, a row an entry."""
-    rows = []
-    for title, group in tables.panels([entry for entry in entries if entry.get("steps")]).items():
-        for entry, label in zip(group, tables.label_all(group), strict=True):
-            value, why = threshold_of(entry)
-            if value is None:
-                continue
-            steps = reached(entry, value, why)
-            done = steps < NEVER
-            row = [title, label, f"{value:g} ({why})", f"{done.sum()} of {len(steps)}"]
-            seconds = ""
-            if entry.get("seconds"):
-                spent = np.interp(steps, entry["steps"], entry["seconds"])
-                seconds = within(np.where(done, spent, NEVER))
-            rows.append([*row, within(steps), seconds])
-    header = ["environment", "settings", "threshold", "seeds that reached it"]
-    return tables.without_empty(Table([*header, "steps: IQM [95 %]", "seconds: IQM [95 %]"], rows))
-
-
+# --- Costs ---
 def costs(entries: list[dict]) -> Table:
     """Returns mean episode lengths and durations of an iteration, a row an entry."""
     rows = []
@@ -284,7 +232,7 @@ def suite(entries: list[dict], drawn: dict[str, dict]) -> str:
         "<h3>Learning curves</h3>" + places(curve_plots(entries), drawn),
         titled(
             "Steps and seconds to a threshold",
-            thresholds(entries),
+            tables.thresholds(entries),
             "From the first step on, without compilation and pauses; seconds are those of the"
             " process, in which all of its members train side by side.",
         ),

@@ -23,6 +23,7 @@ REFERENCES = tomllib.loads((HERE / "references.toml").read_text())
 RETURN = "charts/episodic_return_100"  # mean of the last 100 episodes
 LENGTH = "charts/episodic_length"
 SPEED = "charts/SPS"  # of all members of the process
+NEVER = 1e30  # steps of a seed that does not get to a threshold
 # Flags of two values that make no other setting: seeds, places, and how a policy is looked at
 APART = {"seed", "num_seeds", "grid", "run_dir", "clobber", "mode", "deterministic", "use_best"}
 APART |= {"eval_episodes", "eval_steps", "video", "render", "checkpoint_interval", "track"}
@@ -441,7 +442,7 @@ def scores(entries: list[dict]) -> Table:
                 seeds_of(entry),
                 spread(trained) + bounds(trained, np.mean),
                 bounded(trained, middle) if len(trained) > 2 else "",
-                bounded(played) if len(played) else "",
+                spread(played) + bounds(played, np.mean) if len(played) else "",
                 figure(played.min()) if len(played) > 1 else "",
                 bounded(own) if len(own) else "",
                 bar_of(entry),
@@ -449,8 +450,60 @@ def scores(entries: list[dict]) -> Table:
             ]
         )
     header = ["environment", "settings", "flags", "seeds x steps", "training: mean ± std [95 %]"]
-    header += ["training: IQM [95 %]", "played [95 %]", "lowest seed played", "won, eaten [95 %]"]
-    return without_empty(Table([*header, "bar: slowest seed's steps", "published"], rows))
+    header += ["training: IQM [95 %]", "played: mean ± std [95 %]", "lowest seed played"]
+    header += ["won, eaten [95 %]", "bar: slowest seed's steps", "published"]
+    return without_empty(Table(header, rows))
+
+
+def threshold_of(entry: dict) -> tuple[float | None, str]:
+    """Returns the return at which clocks stop, and whose it is."""
+    solved = REFERENCES["solved"].get(short(entry["env_id"]).removeprefix("gymnax/"))
+    if solved is not None:
+        return solved, "solved"
+    if "bar" in entry:
+        return entry["bar"], "bar"
+    sources = published_for(entry)
+    if sources:
+        best = max(sources, key=lambda source: source["figure"][0])
+        return best["figure"][0], best["name"]
+    return None, ""
+
+
+def reached(entry: dict, threshold: float, why: str) -> np.ndarray:
+    """Returns the steps after which each seed had reached a threshold, or NEVER [S]."""
+    if why == "solved" and entry.get("solved_at"):
+        return np.array([NEVER if steps is None else steps for steps in entry["solved_at"]])
+    above = np.array(entry["returns"]) >= threshold
+    first = np.array(entry["steps"])[above.argmax(axis=1)]
+    return np.where(above.any(axis=1), first, NEVER)
+
+
+def within(values: np.ndarray) -> str:
+    """Returns an IQM of steps or seconds and its interval; seeds that never arrive are beyond."""
+    low, high = interval(values, middle)
+    numbers = (middle(values), low, high)
+    said = ["never" if x > NEVER / 1e6 else count(x) for x in numbers]
+    return said[0] if len(set(said)) == 1 else f"{said[0]} [{said[1]}, {said[2]}]"
+
+
+def thresholds(entries: list[dict]) -> Table:
+    """Returns the steps and seconds to thresholds, a row an entry."""
+    rows = []
+    for title, group in panels([entry for entry in entries if entry.get("steps")]).items():
+        for entry, label in zip(group, label_all(group), strict=True):
+            value, why = threshold_of(entry)
+            if value is None:
+                continue
+            steps = reached(entry, value, why)
+            done = steps < NEVER
+            row = [title, label, f"{value:g} ({why})", f"{done.sum()} of {len(steps)}"]
+            seconds = ""
+            if entry.get("seconds"):
+                spent = np.interp(steps, entry["steps"], entry["seconds"])
+                seconds = within(np.where(done, spent, NEVER))
+            rows.append([*row, within(steps), seconds])
+    header = ["environment", "settings", "threshold", "seeds that reached it"]
+    return without_empty(Table([*header, "steps: IQM [95 %]", "seconds: IQM [95 %]"], rows))
 
 
 def pivot(entries: list[dict], *ratio: str) -> Table:
@@ -619,7 +672,7 @@ def published_table(entries: list[dict]) -> Table:
 
 
 # --- README.md ---
-ENTRY_KINDS = {"scores": scores, "pivot": pivot, "at": at}
+ENTRY_KINDS = {"scores": scores, "thresholds": thresholds, "pivot": pivot, "at": at}
 CONTENT_KINDS = {"ranking": ranking, "flat": flat, "speeds": speeds}
 KINDS = {*ENTRY_KINDS, *CONTENT_KINDS, "beside"}
 
