@@ -36,7 +36,7 @@ Differs from the papers and from CleanRL's ppo_continuous_action.py:
 6. --clip-vloss takes the larger error, as CleanRL does (Stable-Baselines3: the clipped one).
 
 The defaults are one setting for all of continuous control (benchmarks/suites/defaults.toml).
-HalfCheetah at 3M steps: --num-envs 128 --norm-adv --no-anneal-lr --adaptive-lr (long-3m.toml there).
+HalfCheetah, 3M steps: --num-envs 128 --norm-adv --no-anneal-lr --adaptive-lr (long-3m.toml there).
 CleanRL's: --num-envs 1 --num-steps 2048 --num-minibatches 32 --no-recompute-advantages --norm-adv
 --clip-vloss --vf-coef 0.5 --critic-sizes 64 64 --log-std-init 0 --no-scale-actions
 """
