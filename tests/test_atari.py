@@ -558,7 +558,7 @@ def test_images_have_no_statistics(atari):
     assert metrics["rollout/obs"].size <= 10 * 1000
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) == 1, reason="the CPU plays both parts")
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) == 1, reason="one thread would wait for itself")
 @pytest.mark.parametrize("env_id", ["gymnasium:CartPole-v1", "Pong-v5"])
 def test_policies_act_on_an_accelerator(atari, env_id, monkeypatch):
     """They do there what they do beside the environments; of two seeds, two learners in a row."""
