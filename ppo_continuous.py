@@ -1993,16 +1993,14 @@ def evaluate(args: Args) -> int:
 
 
 def film(args: Args, learner: LearnerState) -> None:
-    """Shows an episode of the first seed, or films it as videos/<env-id>.mp4 and .gif.
-
-    What Gymnasium has by the same name is filmed by Gymnasium.
-    """
+    """Shows an episode of the first seed, or films it as videos/<env-id>.mp4 and .gif."""
     one = {"num_envs": 1, "num_seeds": 1, "grid": (), "num_steps": 1, "vectorization": "sync"}
-    if args.env_id in gymnasium.registry:
-        one["env_id"] = f"gymnasium:{args.env_id}"
     if not args.native:
         kwargs = json.loads(args.env_kwargs) | {"render_mode": "rgb_array"}
         one["env_kwargs"] = json.dumps(kwargs)
+    if "mujoco" in envpool.registration.registry.specs.get(args.env_id, ("",))[0]:
+        context = importlib.import_module("mujoco").GLContext(1, 1)  # EnvPool draws in it
+        context.make_current()
     run = make_run(args.model_copy(update=one), 1)
     learner = jax.tree.map(lambda x: x[:1], learner)
     runner = first_runner(run)

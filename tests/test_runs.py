@@ -4,7 +4,9 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+from ctypes.util import find_library
 
+import imageio.v3
 import jax
 import numpy as np
 import pytest
@@ -425,3 +427,15 @@ def test_a_policy_of_the_zoo_plays(run, tmp_path, folder):
     script = result(folder)["script"].removesuffix(".py")
     short = ["--eval-episodes", 1, "--eval-steps", 100]
     assert "return" in run(script, "--mode", "eval", "--run-dir", "a", *short).stdout
+
+
+@pytest.mark.skipif(find_library("EGL") is None, reason="nothing to draw with")
+def test_a_film_is_of_the_environment_that_was_trained_in(run, tmp_path):
+    """In Gymnasium's Humanoid, which shows contact forces, this policy falls at once."""
+    shutil.copytree(ROOT / "benchmarks/zoo/Humanoid-v4", tmp_path / "a")
+    short = ["--eval-episodes", 1, "--eval-steps", 100]
+    played = run("ppo_continuous", "--mode", "eval", "--run-dir", "a", "--video", *short).stdout
+    assert "an episode of 100 steps" in played
+    film = imageio.v3.imread(tmp_path / "a/videos/Humanoid-v4.mp4", plugin="FFMPEG")
+    assert film.shape == (100, 480, 480, 3)
+    assert film.std() > 10  # not black
