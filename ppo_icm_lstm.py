@@ -4,7 +4,7 @@
 #   "jax>=0.10",
 #   "flax>=0.12",
 #   "optax>=0.2.6",
-#   "envpool>=1.2",
+#   "envpool>=1.2.5",
 #   "gymnasium[box2d,mujoco]>=1.2",
 #   "pydantic>=2.12",
 #   "tyro>=0.9",
@@ -2970,9 +2970,12 @@ def film(args: Args, learner: LearnerState) -> None:
     if not args.native:
         kwargs = json.loads(args.env_kwargs) | {"render_mode": "rgb_array"}
         one["env_kwargs"] = json.dumps(kwargs)
-    if "mujoco" in envpool.registration.registry.specs.get(args.env_id, ("",))[0]:
-        context = importlib.import_module("mujoco").GLContext(1, 1)  # EnvPool draws in it
+    module, *_ = envpool.registration.registry.specs.get(args.env_id, [""])
+    if "mujoco" in module:  # EnvPool draws these in a context of OpenGL that it does not make
+        context = importlib.import_module("mujoco").GLContext(1, 1)
         context.make_current()
+    if "toy_text" in module:  # EnvPool does not draw these
+        one["env_id"] = f"gymnasium:{args.env_id}"
     run = make_run(args.model_copy(update=one), 1)
     learner = jax.tree.map(lambda x: x[:1], learner)
     runner = first_runner(run)

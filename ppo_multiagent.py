@@ -4,7 +4,7 @@
 #   "jax>=0.10",
 #   "flax>=0.12",
 #   "optax>=0.2.6",
-#   "envpool>=1.2",
+#   "envpool>=1.2.5",
 #   "gymnasium[box2d,mujoco]>=1.2",
 #   "pydantic>=2.12",
 #   "tyro>=0.9",
