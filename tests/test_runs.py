@@ -393,8 +393,14 @@ def test_copied_script_runs_alone(tmp_path, path):
     """It needs nothing of this repository: trains, evaluates and films from an empty folder."""
     shutil.copy(path, tmp_path / "mine.py")
     shutil.copy(ROOT / "tests/scripted.py", tmp_path / "my_envs.py")
-    tasks = {"ppo_atari": "MountainCar-v0", "ppo_multiagent": "my_envs:Pair-v0"}
-    task = tasks.get(path.stem, "MountainCarContinuous-v0")
+    tasks = {
+        "ppo_continuous": "MountainCarContinuous-v0",
+        "ppo_cma": "MountainCarContinuous-v0",
+        "ppo_atari": "MountainCar-v0",
+        "ppo_icm_lstm": "FrozenLake-v1",
+        "ppo_multiagent": "my_envs:Pair-v0",
+    }
+    task = tasks[path.stem]
     kwargs = "{}" if ":" in task else '{"max_episode_steps": 50}'
     flags = ["--env-id", task, "--env-kwargs", kwargs, "--run-dir", "a"]
     alone = [sys.executable, "-I", str(tmp_path / "mine.py"), *flags, *SMALL[path.stem]]
